@@ -1,0 +1,159 @@
+"""The package as a whole: version, dependencies, notebooks and modules in step, nothing of one machine in the files."""
+
+import ast
+import configparser
+import json
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import malmen_repro
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(path for path in (ROOT / "malmen_repro").glob("**/*.py") if path.name != "_modidx.py")
+DEVELOPMENT_ONLY = {"nbdev", "fastcore", "execnb", "ghapi", "IPython", "pytest", "hypothesis", "beartype"}
+
+
+def names(paths):
+    return [path.name for path in paths]
+
+
+def settings():
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "settings.ini")
+    return parser["DEFAULT"]
+
+
+def imports(tree, *, lazy):
+    """Top-level names a module imports: when it is imported, or (lazy) anywhere in it."""
+    nodes = ast.walk(tree) if lazy else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+# --- version and dependencies
+
+
+def test_version_in_step():
+    assert malmen_repro.__version__ == settings()["version"] == version("malmen-repro")
+
+
+def test_constraints_pin_the_tested_torch():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert "torch==2.13.0" in pins
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)  # no index, no file, no local version
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_module_imports_no_development_tool(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not DEVELOPMENT_ONLY & set(imports(tree, lazy=True))
+    assert "datasets" not in set(imports(tree, lazy=False)), "import `datasets` inside the function that needs it"
+
+
+def test_importing_everything_pulls_in_no_development_tool():
+    modules = [f"malmen_repro.{module.name}" for module in pkgutil.iter_modules(malmen_repro.__path__)]
+    modules = [name for name in modules if not name.endswith("._modidx")]
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"nbdev", "fastcore", "execnb", "datasets"} & set(run.stdout.split())
+
+
+# --- notebooks and modules
+
+
+@pytest.fixture(scope="module")
+def regenerated(tmp_path_factory):
+    """A copy in which the modules are written anew from the notebooks, and the notebooks then cleaned."""
+    copy = tmp_path_factory.mktemp("regenerated")
+    shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*", "_*"))
+    for name in ("settings.ini", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
+    for command in ("from nbdev.doclinks import nbdev_export as f", "from nbdev.clean import nbdev_clean as f"):
+        run = [sys.executable, "-c", f"{command}; f()"]
+        subprocess.run(run, cwd=copy, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return copy
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_notebook_is_clean(path, regenerated):
+    cleaned = (regenerated / "nbs" / path.name).read_text(encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == cleaned, f"run `nbdev_clean --fname nbs/{path.name}`"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_notebook_was_executed_without_errors(path):
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs or not cells, f"committed without outputs: run `python tools/execute_notebooks.py nbs/{path.name}`"
+    assert not [output for output in outputs if output["output_type"] == "error"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_notebook_stays_readable(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert len(cells) <= 80 and path.stat().st_size <= 500_000
+    assert cells[0]["cell_type"] == "markdown" and "".join(cells[0]["source"]).startswith("# ")
+
+
+def test_modules_in_step_with_notebooks(regenerated):
+    fresh = {path.name: path.read_text(encoding="utf-8") for path in (regenerated / "malmen_repro").glob("*.py")}
+    stored = {path.name: path.read_text(encoding="utf-8") for path in MODULES}
+    generated = {name for name, text in stored.items() if "AUTOGENERATED! DO NOT EDIT!" in text[:2000]}
+    generated |= fresh.keys() - {"_modidx.py"}
+    stale = [name for name in sorted(generated) if stored.get(name) != fresh.get(name)]
+    assert not stale, "run `make export`, or remove the modules that no notebook exports"
+
+
+def test_export_leaves_the_settings_alone(regenerated):
+    for name in ("settings.ini", "pyproject.toml"):
+        assert (regenerated / name).read_text() == (ROOT / name).read_text()
+
+
+# --- files
+
+
+def tracked_files():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+    run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in run.stdout.split("\0") if name]
+
+
+def readable_text(path):
+    """The text of a file, without a notebook's pictures; nothing for a binary file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, FileNotFoundError):
+        return ""
+    if path.suffix != ".ipynb":
+        return text
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            output["data"] = {kind: data for kind, data in output.get("data", {}).items() if "image/png" not in kind}
+    return json.dumps(notebook)
+
+
+def test_no_path_of_one_machine_in_the_files():
+    homes = re.compile(r"(?<![\w./-])/(?:root|work|home|Users|tmp|private|opt|var/folders)/[\w.~-]+")
+    found = {str(path.relative_to(ROOT)): homes.findall(readable_text(path)) for path in tracked_files()}
+    assert not {name: paths for name, paths in found.items() if paths}
+
+
+def test_no_large_file():
+    large = [path.name for path in tracked_files() if path.exists() and path.stat().st_size > 5_000_000]
+    assert not large
