@@ -1,6 +1,6 @@
 """Execute notebooks in place and clean them: all of nbs/, or those named on the command line.
 
-Cells that nbdev_test skips (`#| eval: false`, and the flags in settings.ini) are not run and keep the outputs they have.
+Cells that nbdev_test skips (`#| eval: false` and the flags in settings.ini) are not run and keep the outputs they have.
 """
 
 import os
