@@ -4,18 +4,22 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import malmen_repro
 
-# pytest isn't in the list of tools because a run-time requirement may bring it along one day; these are ours alone.
 TOOLS = ("nbdev", "fastcore", "execnb", "ruff", "beartype", "hypothesis")
 
 assert "site-packages" in Path(malmen_repro.__file__).parts, f"not the installed wheel: {malmen_repro.__file__}"
 assert malmen_repro.__version__ == importlib.metadata.version("malmen-repro")
 present = [name for name in TOOLS if importlib.util.find_spec(name)]
 assert not present, f"development tools in the clean environment: {present}"
-modules = [module.name for module in pkgutil.iter_modules(malmen_repro.__path__)]
+modules = [module.name for module in pkgutil.iter_modules(malmen_repro.__path__) if module.name != "_modidx"]
 for name in modules:
     importlib.import_module(f"malmen_repro.{name}")
+if "cli" in modules:
+    command = Path(sys.executable).with_name("malmen-repro")
+    subprocess.run([command, "--help"], check=True, stdout=subprocess.DEVNULL)
 print(f"wheel: malmen-repro {malmen_repro.__version__}, {len(modules)} modules imported without development tools")
