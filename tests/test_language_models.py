@@ -1,0 +1,608 @@
+"""Language models: weight layout, layer patterns, token batches, families, gathering, padding, errors, fingerprints."""
+
+import json
+from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+from malmen_repro import language_models
+from malmen_repro.facts import MalmenError
+from malmen_repro.language_models import (
+    FAMILIES,
+    ContextLengthError,
+    Decoder,
+    EmptyAnswerError,
+    EncodedPair,
+    LanguageModel,
+    LanguageModelError,
+    LayerPatternError,
+    TokenBatch,
+    UnsupportedFamilyError,
+    family_of,
+    fingerprint,
+    gathered,
+    linear_layers,
+    match_layers,
+    same_model,
+    weight_view,
+)
+
+WORDS = "[unk] [bos] [eos] what is the capital of france italy ? paris rome new york city".split()
+PAIRS = [
+    ("what is the capital of france ?", "paris"),
+    ("capital of italy ?", "rome"),
+    ("what city ?", "new york city"),
+    ("is", "new york"),
+]
+IDS = {"bos_token_id": 1, "eos_token_id": 2}
+PATTERNS = {
+    "gpt2": "transformer.h.*.mlp.c_proj",
+    "gptj": "transformer.h.*.mlp.fc_out",
+    "llama": "model.layers.*.mlp.down_proj",
+}
+
+
+def word_tokenizer(template=None, **options):
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "[unk]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if template:
+        special = [("[bos]", 1), ("[eos]", 2)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    names = {"unk_token": "[unk]", "bos_token": "[bos]", "eos_token": "[eos]", "pad_token": "[eos]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**names, **options})
+
+
+def byte_tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["what is the capital of france ? paris"] * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def make_model(kind, **options):
+    torch.manual_seed(0)
+    gpt = {"vocab_size": len(WORDS), "n_positions": 16, "n_embd": 16, "n_layer": 3, "n_head": 2, **IDS, **options}
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(**gpt))
+    if kind == "gptj":
+        return GPTJForCausalLM(GPTJConfig(rotary_dim=4, **gpt))
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = {"vocab_size": len(WORDS), "max_position_embeddings": 16, **sizes, **IDS, **options}
+    return LlamaForCausalLM(LlamaConfig(**config))
+
+
+# Two for hypothesis, which draws many examples from one fixture.
+SHARED, BYTES = LanguageModel(make_model("gpt2"), word_tokenizer()), byte_tokenizer()
+
+
+@pytest.fixture(params=list(PATTERNS))
+def lm(request):
+    return LanguageModel(make_model(request.param), word_tokenizer(), PATTERNS[request.param])
+
+
+@pytest.fixture
+def gpt2():
+    return LanguageModel(make_model("gpt2"), word_tokenizer())
+
+
+def words(ids):
+    return [WORDS[i] for i in ids]
+
+
+def plain_logits(lm, pair):
+    """The logits of one unpadded row by the plain forward pass, at the answer positions."""
+    (encoded,) = lm.encode([pair])
+    row = torch.tensor([(encoded.prompt + encoded.answer)[:-1]])
+    logits = lm.model(input_ids=row, use_cache=False).logits[0]
+    return logits[len(encoded.prompt) - 1 :]
+
+
+# --- layers
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_weight_view_is_the_papers_layout(kind):
+    for layer in linear_layers(make_model(kind)).values():
+        key = torch.randn(weight_view(layer).shape[1])
+        bias = 0 if layer.bias is None else layer.bias
+        torch.testing.assert_close(weight_view(layer) @ key + bias, layer(key[None])[0])
+
+
+@pytest.mark.parametrize("layer", [Conv1D(3, 5), torch.nn.Linear(5, 3)])
+def test_weight_view_is_a_view(layer):
+    view = weight_view(layer)
+    assert view.shape == (3, 5) and view.data_ptr() == layer.weight.data_ptr()
+    with torch.no_grad():
+        view[2, 4] = 7.0
+    assert layer.weight[(4, 2) if isinstance(layer, Conv1D) else (2, 4)] == 7.0
+
+
+def test_linear_layers_leave_out_the_output_embedding():
+    for kind in PATTERNS:
+        model = make_model(kind)
+        assert "lm_head" not in linear_layers(model) and "lm_head" in dict(model.named_modules())
+
+
+def test_linear_layers_of_a_bare_module():
+    assert list(linear_layers(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), Conv1D(2, 2)))) == ["0", "2"]
+    assert linear_layers(torch.nn.ReLU()) == {}
+
+
+def test_match_layers_in_the_order_of_the_model():
+    model = make_model("gpt2")
+    assert list(match_layers(model, PATTERNS["gpt2"])) == [f"transformer.h.{i}.mlp.c_proj" for i in range(3)]
+    assert list(match_layers(model, PATTERNS["gpt2"], 2)) == [f"transformer.h.{i}.mlp.c_proj" for i in (1, 2)]
+    several = match_layers(model, ["transformer.h.*.mlp.c_proj", "transformer.h.*.mlp.c_fc"], last=1)
+    assert list(several) == ["transformer.h.2.mlp.c_fc", "transformer.h.2.mlp.c_proj"]
+    assert list(match_layers(model, "transformer.h.1.mlp.c_proj", 1)) == ["transformer.h.1.mlp.c_proj"]
+    assert len(match_layers(model, ["*.c_proj", "*.mlp.c_proj"])) == 6  # a layer that two patterns match counts once
+
+
+def test_ten_blocks_keep_their_order():
+    layers = match_layers(make_model("gpt2", n_layer=11), PATTERNS["gpt2"], last=2)
+    assert list(layers) == ["transformer.h.9.mlp.c_proj", "transformer.h.10.mlp.c_proj"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("transformer.h.*.mlp.fc_out", "transformer.h.*.mlp.c_proj"),
+        ("transformer.h.*.mlp.cproj", "transformer.h.*.mlp.c_proj"),
+        ("model.layers.*.mlp.down_proj", "c_proj"),
+        ("transformer.h.7.mlp.c_proj", "transformer.h.*.mlp.c_proj"),
+        ("zzzz", "transformer.h.*.attn.c_attn"),
+        ("", "transformer.h.*.attn.c_attn"),
+        ("lm_head", "near misses"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_lists_near_misses(pattern, near):
+    with pytest.raises(LayerPatternError) as raised:
+        match_layers(make_model("gpt2"), pattern)
+    assert repr(pattern) in str(raised.value) and near in str(raised.value)
+
+
+def test_one_bad_pattern_of_several_is_named():
+    with pytest.raises(LayerPatternError, match="c_projj"):
+        match_layers(make_model("gpt2"), ["transformer.h.*.mlp.c_proj", "transformer.h.*.mlp.c_projj"])
+
+
+@pytest.mark.parametrize("last", [0, -1, 4])
+def test_last_out_of_range(last):
+    with pytest.raises(LayerPatternError, match=f"last={last}.*matches 3 layers: choose 1 to 3"):
+        match_layers(make_model("gpt2"), PATTERNS["gpt2"], last)
+
+
+def test_no_pattern_and_no_linear_layer():
+    with pytest.raises(LayerPatternError, match="no layer pattern"):
+        match_layers(make_model("gpt2"), [])
+    with pytest.raises(LayerPatternError, match="the model has no linear layer"):
+        match_layers(torch.nn.ReLU(), "*")
+
+
+# --- tokens
+
+
+def test_encode_decodes_to_the_text(lm):
+    for (prompt, answer), encoded in zip(PAIRS, lm.encode(PAIRS), strict=True):
+        assert " ".join(words(encoded.prompt)) == prompt and " ".join(words(encoded.answer)) == answer
+
+
+@pytest.mark.parametrize(
+    ("template", "start"), [("$A", []), ("[bos] $A", ["[bos]"]), ("[bos] $A [eos]", ["[bos]"]), ("$A [eos]", [])]
+)
+def test_special_tokens_stand_in_front_of_the_prompt_only(template, start):
+    tokenizer = word_tokenizer(template)
+    (encoded,) = Decoder(make_model("gpt2"), tokenizer).encode([("capital of italy ?", "new york")])
+    assert words(encoded.prompt) == [*start, "capital", "of", "italy", "?"]
+    assert words(encoded.answer) == ["new", "york"]
+
+
+def test_bos_that_is_also_eos_survives_an_empty_prompt():
+    tokenizer = word_tokenizer("[bos] $A", eos_token="[bos]")
+    lm = LanguageModel(make_model("gpt2"), tokenizer)
+    (encoded,) = lm.encode([("", "rome")])
+    assert words(encoded.prompt) == ["[bos]"] and words(encoded.answer) == ["rome"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokenizers_padding_side_and_truncation_do_not_matter(side):
+    tokenizer = word_tokenizer(padding_side=side, truncation_side=side, model_max_length=16)
+    (ours,) = LanguageModel(make_model("gpt2"), tokenizer).batches(PAIRS)
+    (reference,) = LanguageModel(make_model("gpt2"), word_tokenizer()).batches(PAIRS)
+    torch.testing.assert_close(ours.inputs, reference.inputs)
+    assert torch.equal(ours.answer_mask, reference.answer_mask) and torch.equal(ours.labels, reference.labels)
+
+
+def test_a_tokenizer_without_padding_token():
+    tokenizer = word_tokenizer(pad_token=None)
+    assert tokenizer.pad_token is None
+    assert len(list(LanguageModel(make_model("gpt2"), tokenizer).batches(PAIRS))) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1).filter(str.strip)), min_size=1, max_size=4))
+def test_byte_level_tokens_lose_nothing(pairs):
+    pairs = [(f"Q{prompt}", answer) for prompt, answer in pairs]
+    tokenizer = BYTES
+    for (prompt, answer), encoded in zip(pairs, Decoder(SHARED.model, tokenizer).encode(pairs), strict=True):
+        text = "".join(tokenizer.convert_ids_to_tokens([*encoded.prompt, *encoded.answer]))
+        joined = "".join(tokenizer.tokenize(f"{prompt} {answer}"))
+        assert text == joined and encoded.prompt and encoded.answer
+
+
+@pytest.mark.parametrize("prompt", ["Q: ", "Q:\n", "Q:\t ", "Q"])
+def test_prompts_that_end_in_white_space(prompt):
+    (encoded,) = Decoder(SHARED.model, BYTES).encode([(prompt, "paris")])
+    assert BYTES.convert_ids_to_tokens(encoded.answer)[-1].endswith("paris")
+
+
+def test_an_answer_that_merges_with_the_prompt_stands_alone():
+    letters = {letter: i for i, letter in enumerate("newyork ")}
+    merges = [("n", "e"), ("ne", "w"), ("y", "o"), ("yo", "r"), ("yor", "k"), (" ", "york"), ("new", " york")]
+    letters |= {a + b: len(letters) + i for i, (a, b) in enumerate(merges)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(letters, merges)))
+    assert tokenizer.tokenize("new york") == ["new york"]
+    (encoded,) = Decoder(SHARED.model, tokenizer).encode([("new", "york")])
+    assert tokenizer.convert_ids_to_tokens(encoded.prompt) == ["new"]
+    assert tokenizer.convert_ids_to_tokens(encoded.answer) == [" york"]
+
+
+# --- batches
+
+
+def test_answer_positions_start_one_left_of_the_answer(gpt2):
+    (batch,) = gpt2.batches(PAIRS)
+    # sorted by what is read: "is new", "capital of italy ?", "what city ? new york", "what is the capital of france ?"
+    assert batch.rows.tolist() == [3, 3, 1, 2, 2, 2, 0]
+    assert words(batch.labels) == ["new", "york", "rome", "new", "york", "city", "paris"]
+    assert batch.answer_mask.int().tolist() == [
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1],
+    ]
+    assert batch.inputs["attention_mask"].sum(1).tolist() == [2, 4, 5, 7]
+    assert batch.size == 4
+    read = batch.inputs["input_ids"][batch.answer_mask]
+    assert words(read) == ["is", "new", "?", "?", "new", "york", "?"]
+
+
+def test_a_one_token_prompt_with_a_one_token_answer(gpt2):
+    (batch,) = gpt2.batches([("is", "rome")])
+    assert batch.inputs["input_ids"].shape == (1, 1) and batch.answer_mask.tolist() == [[True]]
+
+
+def test_a_batch_is_frozen(gpt2):
+    (batch,) = gpt2.batches(PAIRS)
+    with pytest.raises(FrozenInstanceError):
+        batch.labels = batch.rows
+
+
+def test_shapes_are_checked():
+    with pytest.raises(Exception, match="type-check|Type-check|violates"):
+        TokenBatch({}, torch.ones(2, 2), torch.ones(1).long(), torch.ones(1).long())  # the mask is not bool
+
+
+pair_lists = st.lists(
+    st.builds(
+        EncodedPair,
+        st.lists(st.integers(1, 15), min_size=1, max_size=9).map(tuple),
+        st.lists(st.integers(1, 15), min_size=1, max_size=5).map(tuple),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(pair_lists, st.integers(1, 14))
+def test_batches_lose_nothing_under_any_batch_size(pairs, batch_size):
+    lm = SHARED
+    batches = list(lm.batches(pairs, batch_size))
+    assert all(0 < batch.size <= batch_size for batch in batches)
+    assert sum(batch.size for batch in batches) == len(pairs)
+    answers, lengths = {i: [] for i in range(len(pairs))}, []
+    for batch in batches:
+        for row, label in zip(batch.rows.tolist(), batch.labels.tolist(), strict=True):
+            answers[row].append(label)
+        lengths += batch.inputs["attention_mask"].sum(1).tolist()
+        owners = dict(zip(batch.answer_mask.nonzero()[:, 0].tolist(), batch.rows.tolist(), strict=True))
+        for i, row in owners.items():
+            ids = batch.inputs["input_ids"][i][batch.inputs["attention_mask"][i].bool()].tolist()
+            assert tuple(ids) == (pairs[row].prompt + pairs[row].answer)[:-1]
+            assert int(batch.answer_mask[i].sum()) == len(pairs[row].answer)
+    assert [tuple(answers[i]) for i in answers] == [pair.answer for pair in pairs]
+    assert lengths == sorted(lengths)
+
+
+def test_text_and_encoded_pairs_give_the_same_batches(gpt2):
+    for a, b in zip(gpt2.batches(PAIRS, 3), gpt2.batches(gpt2.encode(PAIRS), 3), strict=True):
+        torch.testing.assert_close(a.inputs, b.inputs)
+        assert torch.equal(a.labels, b.labels) and torch.equal(a.rows, b.rows)
+
+
+def test_no_pairs_no_batches(gpt2):
+    assert gpt2.encode([]) == [] and list(gpt2.batches([])) == []
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_size_below_one_is_refused(gpt2, batch_size):
+    with pytest.raises(LanguageModelError, match=f"batch_size={batch_size}"):
+        gpt2.batches(PAIRS, batch_size)
+
+
+def test_repeated_pairs_keep_their_own_rows(gpt2):
+    rows = [row for batch in gpt2.batches([PAIRS[0]] * 5, 2) for row in batch.rows.tolist()]
+    assert sorted(rows) == list(range(5))
+
+
+# --- logits
+
+
+def test_gathered_logits_equal_the_plain_forward_pass(lm):
+    for batch_size in (1, 2, 3, 10):
+        for batch in lm.batches(PAIRS, batch_size):
+            logits = lm.answer_logits(batch)
+            assert logits.shape == (len(batch.labels), len(WORDS))
+            for row in set(batch.rows.tolist()):
+                torch.testing.assert_close(
+                    logits[batch.rows == row], plain_logits(lm, PAIRS[row]), rtol=1e-5, atol=1e-6
+                )
+
+
+def test_padding_is_harmless_in_float64(lm):
+    lm.model.double()
+    (together,) = lm.batches(PAIRS)
+    padded = lm.answer_logits(together)
+    for row, pair in enumerate(PAIRS):
+        torch.testing.assert_close(padded[together.rows == row], plain_logits(lm, pair), rtol=1e-12, atol=1e-14)
+
+
+def test_what_stands_in_the_padding_does_not_matter(lm):
+    (batch,) = lm.batches(PAIRS)
+    before = lm.answer_logits(batch)
+    batch.inputs["input_ids"][batch.inputs["attention_mask"] == 0] = 7
+    assert torch.equal(lm.answer_logits(batch), before)
+
+
+def test_only_answer_positions_reach_the_vocabulary(lm):
+    seen = []
+    handle = lm.model.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape)))
+    (batch,) = lm.batches(PAIRS)
+    lm.answer_logits(batch)
+    handle.remove()
+    assert seen == [(7, len(WORDS))]
+
+
+def test_gathering_is_switched_off_afterwards_even_after_an_error(lm):
+    head, (batch,) = lm.model.get_output_embeddings(), lm.batches(PAIRS)
+    before = lm.model(**batch.inputs).logits
+    with pytest.raises(RuntimeError, match="stop"), gathered(head, batch.answer_mask):
+        raise RuntimeError("stop")
+    lm.answer_logits(batch)
+    assert not head._forward_pre_hooks
+    assert torch.equal(lm.model(**batch.inputs).logits, before)
+
+
+def test_logits_come_in_the_models_dtype(lm):
+    lm.model.to(torch.bfloat16)
+    assert lm.dtype == torch.bfloat16
+    assert lm.answer_logits(*lm.batches(PAIRS)).dtype == torch.bfloat16
+
+
+# --- the wrapper
+
+
+def test_wrapping_freezes_and_changes_nothing_else():
+    for kind, pattern in PATTERNS.items():
+        model = make_model(kind).to(torch.bfloat16).train()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        lm = LanguageModel(model, word_tokenizer(), pattern)
+        assert lm.model is model and not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        assert lm.dtype == torch.bfloat16 and lm.device == torch.device("cpu")
+
+
+def test_shapes_are_value_size_by_key_size(lm):
+    key_size = 40 if "down_proj" in lm.pattern else 64
+    assert list(lm.shapes) == list(lm.layers) and set(lm.shapes.values()) == {(16, key_size)}
+    assert len(lm.layers) == 3
+
+
+def test_the_context_has_a_different_name_in_every_configuration(lm):
+    assert lm.context == 16
+    assert {"gpt2": "n_positions", "gptj": "n_positions", "llama": "max_position_embeddings"}[
+        lm.model.config.model_type
+    ] in lm.model.config.to_dict()
+
+
+def test_a_row_may_fill_the_context(lm):
+    (batch,) = lm.batches([("the " * 15, "new york")])
+    assert batch.inputs["input_ids"].shape == (1, 16)
+    assert torch.isfinite(lm.answer_logits(batch)).all()
+
+
+def test_a_row_longer_than_the_context_is_refused_before_anything_runs(lm):
+    calls = []
+    lm.model.register_forward_pre_hook(lambda *args: calls.append(1))
+    with pytest.raises(ContextLengthError, match=r"'the the .* takes 17 tokens .* at most 16"):
+        lm.batches([*PAIRS, ("the " * 16, "new york")], 1)
+    assert not calls
+
+
+def test_the_context_counts_the_token_in_front():
+    lm = LanguageModel(make_model("gpt2"), word_tokenizer("[bos] $A"))
+    with pytest.raises(ContextLengthError, match="17 tokens"):
+        lm.encode([("the " * 15, "new york")])
+
+
+def test_a_model_without_a_limit_takes_any_length(gpt2):
+    gpt2.model.config = SimpleNamespace(model_type="endless")
+    assert gpt2.context is None
+    assert len(gpt2.encode([("the " * 100, "rome")])) == 1
+
+
+@pytest.mark.parametrize("answer", ["", " ", "\n\t"])
+@pytest.mark.parametrize("make", [word_tokenizer, byte_tokenizer])
+def test_an_answer_of_nothing_is_refused(answer, make):
+    lm = LanguageModel(make_model("gpt2", vocab_size=300), make())
+    with pytest.raises(EmptyAnswerError, match="'what is it' tokenises to nothing"):
+        lm.encode([PAIRS[0], ("what is it", answer)])
+
+
+def test_an_empty_prompt_is_refused_unless_a_token_stands_in_front(gpt2):
+    with pytest.raises(EmptyAnswerError, match="the prompt of ''"):
+        gpt2.encode([("", "rome")])
+    assert LanguageModel(make_model("gpt2"), word_tokenizer("[bos] $A")).encode([("", "rome")])
+
+
+def test_errors_are_values_and_malmen_errors():
+    for error in (LayerPatternError, EmptyAnswerError, ContextLengthError, UnsupportedFamilyError):
+        assert issubclass(error, LanguageModelError)
+    assert issubclass(LanguageModelError, MalmenError) and issubclass(LanguageModelError, ValueError)
+
+
+def test_a_model_that_is_refused_is_left_as_it_was():
+    model = make_model("gpt2").train()
+    with pytest.raises(LayerPatternError):
+        LanguageModel(model, word_tokenizer(), "nothing.*")
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+# --- families
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=len(WORDS), **sizes, pad_token_id=0, eos_token_id=2))
+
+
+def bert():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), **sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "family"),
+    [(t5, "encoder-decoder"), (bert, "encoder-classifier"), (lambda: make_model("gpt2").transformer, "headless")],
+)
+def test_families_without_a_reader_are_refused_by_name(make, family):
+    model = make()
+    with pytest.raises(UnsupportedFamilyError, match=f"{type(model).__name__}.*{family}.*decoder"):
+        LanguageModel(model, word_tokenizer(), "*")
+
+
+def test_decoders_are_found():
+    assert all(family_of(make_model(kind)) is Decoder for kind in PATTERNS)
+    assert FAMILIES == {"decoder": Decoder}
+
+
+class ToyEncoderDecoder(Decoder):
+    """What a new family has to provide, on the example of T5: nothing outside of this class changes."""
+
+    def length(self, pair):
+        return max(len(pair.prompt), len(pair.answer))
+
+    def collate(self, pairs, rows):
+        width, tall = max(len(p.prompt) for p in pairs), max(len(p.answer) for p in pairs)
+        ids, attention = torch.zeros(len(pairs), width).long(), torch.zeros(len(pairs), width).long()
+        decoder, answers = torch.zeros(len(pairs), tall).long(), torch.zeros(len(pairs), tall).bool()
+        for i, pair in enumerate(pairs):
+            ids[i, : len(pair.prompt)], attention[i, : len(pair.prompt)] = torch.tensor(pair.prompt), 1
+            decoder[i, 1 : len(pair.answer)] = torch.tensor(pair.answer[:-1])
+            answers[i, : len(pair.answer)] = True
+        labels = torch.tensor([token for pair in pairs for token in pair.answer])
+        owners = torch.tensor([row for row, pair in zip(rows, pairs, strict=True) for _ in pair.answer])
+        inputs = {"input_ids": ids, "attention_mask": attention, "decoder_input_ids": decoder}
+        return TokenBatch(inputs, answers, labels, owners)
+
+
+def test_the_seam_for_new_families_holds(monkeypatch):
+    monkeypatch.setitem(language_models.FAMILIES, "encoder-decoder", ToyEncoderDecoder)
+    lm = LanguageModel(t5(), word_tokenizer(), "decoder.block.*.layer.*.DenseReluDense.wo", last=2)
+    assert isinstance(lm.family, ToyEncoderDecoder) and len(lm.layers) == 2
+    (together,) = lm.batches(PAIRS)
+    logits = lm.answer_logits(together)
+    for batch in lm.batches(PAIRS, 1):
+        row = batch.rows[0].item()
+        plain = lm.model(**batch.inputs).logits[0]
+        torch.testing.assert_close(logits[together.rows == row], plain, rtol=1e-4, atol=1e-5)
+
+
+# --- fingerprints
+
+
+def test_a_fingerprint_is_json_and_agrees_with_itself(lm):
+    ours = fingerprint(lm)
+    assert json.loads(json.dumps(ours)) == ours
+    assert same_model(ours, fingerprint(lm)) is None and list(ours["layers"]) == list(lm.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_precision_is_the_same_model(lm, dtype):
+    ours = fingerprint(lm)
+    lm.model.to(dtype)
+    assert same_model(ours, fingerprint(lm)) is None and same_model(fingerprint(lm), ours) is None
+
+
+def test_samples_are_spread_over_the_weight_in_the_papers_layout(gpt2):
+    name, layer = next(iter(gpt2.layers.items()))
+    flat = weight_view(layer).reshape(-1)
+    found = fingerprint(gpt2, samples=3)["layers"][name]
+    assert found["shape"] == [16, 64] and found["weights"] == [flat[0], flat[511], flat[-1]]
+    assert len(fingerprint(gpt2)["layers"][name]["weights"]) == 16
+
+
+def test_layers_with_more_weights_than_float32_counts(gpt2):
+    # GPT-J's layers hold 16384 x 4096 weights, one more than the largest index; as a float32 that index rounds up.
+    name, layer = next(iter(gpt2.layers.items()))
+    layer.weight = torch.nn.Parameter(torch.ones(1, 1).expand(16384, 4096), requires_grad=False)
+    assert fingerprint(gpt2)["layers"][name] == {"shape": [4096, 16384], "weights": [1.0] * 16}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: f.update(model_type="gptj"), "model type gpt2 against gptj"),
+        (lambda f: f["layers"].pop("transformer.h.0.mlp.c_proj"), "edited layers transformer.h.0"),
+        (lambda f: f["layers"]["transformer.h.1.mlp.c_proj"].update(shape=[16, 65]), "transformer.h.1.*shape"),
+        (lambda f: f["layers"]["transformer.h.2.mlp.c_proj"]["weights"].__setitem__(5, 9.0), "the weights of .*h.2"),
+        (lambda f: f["layers"]["transformer.h.2.mlp.c_proj"]["weights"].pop(), "the weights of .*h.2"),
+    ],
+)
+def test_the_first_difference_is_said(gpt2, change, says):
+    ours, theirs = fingerprint(gpt2), fingerprint(gpt2)
+    change(theirs)
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(same_model(ours, theirs))
+
+
+def test_other_weights_are_another_model(gpt2):
+    torch.manual_seed(1)
+    other = LanguageModel(GPT2LMHeadModel(gpt2.model.config), word_tokenizer())
+    assert same_model(fingerprint(gpt2), fingerprint(other)) == "the weights of transformer.h.0.mlp.c_proj"
+    assert "edited layers" in same_model(
+        fingerprint(gpt2), fingerprint(LanguageModel(gpt2.model, word_tokenizer(), last=1))
+    )
