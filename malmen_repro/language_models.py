@@ -289,7 +289,7 @@ class LanguageModel:
         "The logits that predict the answer tokens, in the order of `batch.labels`; no others are computed."
         return self.family.answer_logits(batch)
 
-# %% ../nbs/01_language_models.ipynb #46a10d93
+# %% ../nbs/01_language_models.ipynb #70bb259b
 def fingerprint(
     lm: LanguageModel,  # a wrapped model
     samples: int = 16,  # weights kept of each layer
