@@ -1,0 +1,432 @@
+"""The command line, from the outside."""
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from malmen_repro import cli, experiments, stand_ins
+from malmen_repro.editors import EditorConfig, NonFiniteShiftError
+from malmen_repro.evaluation import MEASURES, evaluate
+from malmen_repro.experiments import EXPERIMENTS, EvaluationConfig, load_language_model, read_record, weights_hash
+from malmen_repro.facts import FactFileError, save_facts
+from malmen_repro.stand_ins import Bench
+from malmen_repro.training import TrainingConfig
+from malmen_repro.weight_shifts import WeightShift
+from tests.toy import toy_facts, toy_model
+
+COMMANDS = ("reproduce", "list", "train", "edit", "evaluate")
+TRAIN = "--num-facts 4 --rank 4 --learning-rate 0.05 --meta-learning-rate 0.01 --steps 2 --device cpu --quiet"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The toys are too small to be shared between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a model, facts, a trained editor and a shift; not to be changed."""
+    folder = tmp_path_factory.mktemp("made")
+    lm = toy_model()
+    lm.model.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
+    save_facts(toy_facts(8), folder / "train.jsonl")
+    save_facts(toy_facts(5, seed=1, start=20), folder / "new.jsonl")
+    on = f"--model {folder / 'model'}"
+    assert call(f"train {on} --facts {folder / 'train.jsonl'} --last 2 {TRAIN} --out {folder / 'editor'}") == 0
+    there = f"--editor {folder / 'editor'} --out {folder / 'shift.safetensors'} --quiet"
+    assert call(f"edit {on} --facts {folder / 'new.jsonl'} {there}") == 0
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    """An empty working folder in which the made things have short names."""
+    for path in made.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MALMEN_DATA", raising=False)
+    return tmp_path
+
+
+def call(line):
+    """The exit code of a command line."""
+    try:
+        return cli.main(line.split())
+    except SystemExit as stop:
+        return stop.code or 0
+
+
+def fails(capsys, line, code=2):
+    """What a failing command line says on standard error: one line."""
+    capsys.readouterr()
+    assert call(line) == code
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+# --- help
+
+
+@pytest.mark.parametrize("line", ["--help", *(f"{command} --help" for command in COMMANDS)])
+def test_help(line, capsys):
+    assert call(line) == 0
+    text = capsys.readouterr().out
+    assert "usage: malmen-repro" in text
+    assert "example" in text or line == "list --help"
+    assert all(len(row) <= 130 for row in text.splitlines())
+
+
+def test_help_names_every_command(capsys):
+    call("--help")
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys; from malmen_repro.cli import parser; parser().format_help(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "numpy", "matplotlib"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("line", ["", "nonsense", "reproduce --tier huge", "reproduce --ms x", "train", "edit"])
+def test_wrong_usage(line, capsys):
+    assert "usage:" in fails(capsys, line)
+
+
+@pytest.mark.parametrize("line", ["reproduce --seeds 0", "train --model m --facts f --out o --num-facts -1"])
+def test_numbers_count_from_one(line, capsys):
+    assert "must be at least 1" in fails(capsys, line)
+
+
+def test_data_defaults_to_the_environment(monkeypatch):
+    monkeypatch.setenv("MALMEN_DATA", "somewhere")
+    assert cli.parser().parse_args(["reproduce"]).data == Path("somewhere")
+    assert cli.parser().parse_args(["reproduce", "--data", "else"]).data == Path("else")
+    monkeypatch.setenv("MALMEN_DATA", "")
+    assert cli.parser().parse_args(["reproduce"]).data is None
+
+
+def test_defaults():
+    args = cli.parser().parse_args(["reproduce"])
+    assert (args.tier, args.out, args.experiments, args.fresh) == ("tiny", Path("runs"), [], False)
+    assert args.seeds is args.ms is None
+
+
+def test_train_defaults_are_the_papers():
+    args = cli.parser().parse_args("train --model m --facts f --out o".split())
+    editor, training = EditorConfig(), TrainingConfig()
+    assert (args.rank, args.blocks, args.learning_rate) == (editor.rank, editor.blocks, editor.learning_rate)
+    assert (args.meta_learning_rate, args.locality) == (training.meta_learning_rate, training.locality_coefficient)
+
+
+# --- train, edit, evaluate
+
+
+def test_train_writes_an_editor_and_its_history(made):
+    names = {path.name.split("-")[0] for path in (made / "editor").iterdir()}
+    assert names == {"config.json", "editor.safetensors", "history.json", "checkpoint"}
+    history = json.loads((made / "editor" / "history.json").read_text())
+    assert [step["step"] for step in history] == [0, 1]
+    config = json.loads((made / "editor" / "config.json").read_text())
+    assert config["method"] == "MALMEN" and config["last"] == 2 and config["config"]["rank"] == 4
+
+
+def test_edit_is_what_the_editor_does(made):
+    from malmen_repro.editors import MALMEN
+
+    lm = toy_model()
+    expected = MALMEN.from_pretrained(made / "editor", lm).edit(toy_facts(5, seed=1, start=20))
+    found = WeightShift.load(made / "shift.safetensors")
+    assert found.metadata == {"method": "MALMEN", "facts": 5} and found.shifts.keys() == expected.shifts.keys()
+    for name, shift in expected.shifts.items():
+        torch.testing.assert_close(found.shifts[name], shift)
+
+
+def test_training_goes_on_where_it_stopped(here, capsys):
+    steps = TRAIN.replace("--steps 2", "--steps {}")
+    for count in (1, 3):
+        assert call(f"train --model model --facts train.jsonl --last 2 {steps.format(count)} --out mine") == 0
+    assert "3 steps" in capsys.readouterr().out
+    assert call(f"train --model model --facts train.jsonl --last 2 {steps.format(3)} --out straight") == 0
+    mine, straight = (json.loads(Path(name, "history.json").read_text()) for name in ("mine", "straight"))
+    assert [step["generalization"] for step in mine] == [step["generalization"] for step in straight]
+
+
+def test_other_facts_do_not_go_on_from_that_checkpoint(here):
+    assert call(f"train --model model --facts train.jsonl --last 2 {TRAIN} --out mine") == 0
+    assert call(f"train --model model --facts new.jsonl --last 2 {TRAIN} --out mine") == 0
+    assert len(list(Path("mine").glob("checkpoint-*.pt"))) == 2
+
+
+def test_other_settings_in_the_same_folder_are_refused(here, capsys):
+    assert call(f"train --model model --facts train.jsonl --last 2 {TRAIN} --out mine") == 0
+    error = fails(capsys, f"train --model model --facts train.jsonl --last 2 {TRAIN} --rank 5 --out mine")
+    assert "belongs to another run: rank differ" in error
+
+
+def test_mend_is_trained_too(here):
+    assert call(f"train --model model --facts train.jsonl --last 1 --method MEND {TRAIN} --out mend") == 0
+    assert call("edit --model model --editor mend --facts new.jsonl --out deep/er/mend.safetensors --quiet") == 0
+    assert WeightShift.load("deep/er/mend.safetensors").metadata["method"] == "MEND"
+
+
+def test_bare_facts_are_noted_and_paired(here, capsys):
+    rows = [{"prompt": f"w{i} w1", "answer": f"w{i}"} for i in range(5)]
+    Path("bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": f"w{i} w2 w3", "answer": "w5"} for i in range(3)]
+    Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call(f"train --model model --facts bare.jsonl --last 1 {TRAIN} --out a") == 0
+    notes = capsys.readouterr().err
+    assert "5 of 5 facts have no equivalent prompts" in notes and "5 of 5 facts have no unrelated tuple" in notes
+    assert call(f"train --model model --facts bare.jsonl --unrelated other.jsonl --last 1 {TRAIN} --out b") == 0
+    assert "unrelated" not in capsys.readouterr().err
+    assert all(step["locality"] > 0 for step in json.loads(Path("b/history.json").read_text()))
+
+
+def test_merged_copy_says_what_the_shift_says(here):
+    on = "--model model --editor editor --facts new.jsonl"
+    assert call(f"edit {on} --out s.safetensors --merge-into edited --quiet") == 0
+    lm, facts = toy_model(), toy_facts(5, seed=1, start=20)
+    edited = load_language_model("edited", last=2, device="cpu")
+    with_shift = evaluate(lm, facts, WeightShift.load("s.safetensors"))
+    merged = evaluate(edited, facts, None)
+    assert with_shift.values["ES"].tolist() == merged.values["ES"].tolist()
+    assert weights_hash(edited) != weights_hash(lm) == weights_hash(load_language_model("model", last=2, device="cpu"))
+
+
+def test_merging_never_overwrites_the_model(here, capsys):
+    error = fails(capsys, "edit --model model --editor editor --facts new.jsonl --out s.st --merge-into model")
+    assert "would overwrite the model" in error and not Path("s.st").exists()
+
+
+def test_evaluate_prints_and_writes_what_evaluate_gives(here, capsys):
+    assert call("evaluate --model model --facts new.jsonl --shift shift.safetensors --out a/scores.json --quiet") == 0
+    text = capsys.readouterr().out
+    assert all(name in text and meaning in text for name, meaning in MEASURES.items())
+    written = json.loads(Path("a/scores.json").read_text())
+    scores = evaluate(toy_model(), toy_facts(5, seed=1, start=20), WeightShift.load("shift.safetensors"))
+    assert written["per_fact"]["ES"] == pytest.approx(scores.values["ES"].tolist(), abs=1e-4)
+    assert written["shift"] == {"method": "MALMEN", "facts": 5} and written["facts"] == 5
+
+
+def test_evaluate_without_a_shift_scores_the_unedited_model(here, capsys):
+    assert call("evaluate --model model --facts new.jsonl --out scores.json --quiet") == 0
+    written = json.loads(Path("scores.json").read_text())
+    assert written["per_fact"]["ES"] == written["per_fact"]["ES before"] and written["shift"] is None
+    assert set(written["per_fact"]["LS agreement"]) == {1.0}
+
+
+def test_measures_without_tuples_show_a_dash(here, capsys):
+    Path("bare.jsonl").write_text('{"prompt": "w1", "answer": "w2"}\n')
+    assert call("evaluate --model model --facts bare.jsonl --quiet") == 0
+    assert any(row.startswith("| LS ") and "–" in row for row in capsys.readouterr().out.splitlines())
+
+
+# --- bad input: one line, exit code 2
+
+
+@pytest.mark.parametrize("command", ["train --out x", "edit --editor editor --out x", "evaluate"])
+def test_bad_facts_are_found_before_the_model_is_loaded(here, capsys, command):
+    Path("bad.jsonl").write_text('{"prompt": "w1", "answer": "w2"}\n{"prompt": "w3", "answer": ""}\n')
+    on = f"{command} --model nowhere"
+    assert fails(capsys, f"{on} --facts bad.jsonl").endswith(": error: bad.jsonl, line 2, field 'answer': is empty\n")
+    assert "there is no such file" in fails(capsys, f"{on} --facts missing.jsonl")
+    Path("two.jsonl").write_text('{"prompt": "w1", "answer": "w2"}\n{"prompt": "w1", "answer": "w3"}\n')
+    assert "has the answer 'w2'" in fails(capsys, f"{on} --facts two.jsonl")
+    Path("none.jsonl").write_text("")
+    assert "holds no facts" in fails(capsys, f"{on} --facts none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("train --model model --facts train.jsonl --layers h.*.c_proj --num-facts 4 --out x --quiet", "near misses:"),
+        ("train --model model --facts train.jsonl --last 9 --num-facts 4 --out x --quiet", "last=9"),
+        ("train --model model --facts train.jsonl --num-facts 9 --out x", "--num-facts 9 asks for more than the 8"),
+        ("train --model nowhere --facts train.jsonl --num-facts 4 --out x", "'nowhere' is not on this machine"),
+        ("train --model gpt2 --facts train.jsonl --num-facts 4 --out x", "'gpt2' is not on this machine"),
+        ("edit --model model --editor nothing --facts new.jsonl --out x", "nothing holds no readable editor"),
+        ("edit --model model --editor model --facts new.jsonl --out x", "model holds no readable editor"),
+        ("evaluate --model model --facts new.jsonl --shift nothing.st", "there is no shift file nothing.st"),
+        ("evaluate --model model --facts new.jsonl --shift new.jsonl", "new.jsonl is damaged or not a shift file"),
+        ("evaluate --model editor --facts new.jsonl", "cannot be loaded"),
+        ("reproduce scaling_decodr", "did you mean scaling_decoder?"),
+        ("reproduce --tier small", "give their folder with --data, or set MALMEN_DATA"),
+        ("reproduce --tier small --data nowhere", "nowhere holds no folder zsre"),
+        ("reproduce --tier paper", "without them there is the tiny tier"),
+    ],
+)
+def test_clean_errors(here, capsys, line, expected):
+    start = time.perf_counter()
+    error = fails(capsys, line)
+    assert expected in error and error.startswith("malmen-repro: error: ") and error.count("\n") == 1
+    assert time.perf_counter() - start < 10
+    assert not Path("x").exists()
+
+
+def test_an_editor_of_another_model_is_refused(here, capsys):
+    other = toy_model(seed=3)
+    other.model.save_pretrained("other")
+    other.tokenizer.save_pretrained("other")
+    error = fails(capsys, "edit --model other --editor editor --facts new.jsonl --out x --quiet")
+    assert "trained for another language model" in error
+
+
+def test_an_output_that_cannot_be_written_is_one_line(here, capsys):
+    Path("file").write_text("")
+    assert "error:" in fails(capsys, f"train --model model --facts train.jsonl --last 1 {TRAIN} --out file/editor")
+
+
+def test_debug_shows_the_traceback(here):
+    with pytest.raises(FactFileError):
+        cli.main("evaluate --model model --facts missing.jsonl --debug".split())
+
+
+def test_a_bug_keeps_its_traceback(here, monkeypatch):
+    monkeypatch.setattr(cli, "list_experiments", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["list"])
+
+
+def test_interruption_says_how_to_go_on(monkeypatch, capsys):
+    def stopped(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "list_experiments", stopped)
+    assert "same command again" in fails(capsys, "list", 130)
+
+
+# --- reproduce and list
+
+
+@pytest.fixture
+def toy_tier(monkeypatch, tmp_path):
+    """The tiny tier with a toy for a model and no time to lose."""
+    seeds = []
+
+    def tiny_bench(seed, cache_dir, progress):
+        seeds.append(seed)
+        world = toy_facts(12, seed=1, start=20)
+        return Bench(toy_model(seed=seed), toy_facts(12), {"world": world}, {"made": "here"})
+
+    def settings(tier, method, num_facts):
+        training = TrainingConfig(num_facts=num_facts, steps=0 if "untrained" in method else 2)
+        return EditorConfig(rank=4, blocks=1, learning_rate=0.01), training
+
+    monkeypatch.setattr(stand_ins, "tiny_bench", tiny_bench)
+    score(monkeypatch, 4, settings)
+    monkeypatch.chdir(tmp_path)
+    return seeds
+
+
+RUN_CELLS = experiments.run_cells
+
+
+def score(monkeypatch, scored_facts, settings):
+    """From now on `reproduce` has toy settings and scores so many facts."""
+    toy = partial(RUN_CELLS, settings=settings, evaluation=EvaluationConfig(scored_facts=scored_facts))
+    toy.settings = settings
+    monkeypatch.setattr(experiments, "run_cells", toy)
+
+
+def test_reproduce_runs_prints_and_draws(toy_tier, capsys):
+    line = "reproduce scaling_decoder --seeds 2 --ms 2 4 --out there --quiet"
+    assert call(line) == 0
+    text = capsys.readouterr().out
+    assert "12 cells" in text and "| world | 2 | MALMEN " in text and "committed" in text
+    assert len(list(Path("there/tiny/scaling_decoder").glob("*.json"))) == 12
+    drawn = {path.name: path.read_bytes() for path in Path("there/figures").iterdir()}
+    assert set(drawn) == {"tiny-scaling_decoder.png", "tiny-scaling_decoder.svg"}
+    assert toy_tier == [0, 1]
+    assert call(line) == 0 and toy_tier == [0, 1]  # nothing left to do
+    assert capsys.readouterr().out == text
+    assert {path.name: path.read_bytes() for path in Path("there/figures").iterdir()} == drawn
+
+
+def test_reproduce_all_by_default_and_in_the_default_folder(toy_tier, capsys):
+    assert call("reproduce --seeds 1 --ms 2 --quiet") == 0
+    for name, experiment in EXPERIMENTS.items():
+        assert ("tiny" not in experiment.plans) or list(Path("runs/tiny", name).glob("*.json"))
+
+
+def test_reproduce_shows_progress(toy_tier, capsys):
+    assert call("reproduce scaling_decoder --seeds 1 --ms 2") == 0
+    assert "cells:" in capsys.readouterr().err
+
+
+def test_reproduce_beside_committed_records(toy_tier, capsys, monkeypatch):
+    assert call("reproduce scaling_decoder --seeds 1 --ms 2 --out a --quiet") == 0
+    monkeypatch.setattr(experiments, "committed_records", lambda: Path("a"))
+    capsys.readouterr()
+    assert call("reproduce scaling_decoder --seeds 1 --ms 2 --out b --quiet") == 0
+    assert "3 of 3 cells have a committed record with the same settings" in capsys.readouterr().out
+
+
+def test_reproduce_without_a_source_tree(toy_tier, capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "committed_records", lambda: None)
+    assert call("reproduce scaling_decoder --seeds 1 --ms 2 --quiet") == 0
+    assert "source tree, which is not here" in capsys.readouterr().out
+    assert call("list") == 0 and "–" in capsys.readouterr().out
+
+
+def test_reproduce_refuses_a_record_of_other_settings_and_fresh_overwrites_it(toy_tier, capsys, monkeypatch):
+    line = "reproduce scaling_decoder --seeds 1 --ms 2 --quiet"
+    assert call(line) == 0
+    score(monkeypatch, 2, experiments.run_cells.settings)
+    assert "was made with other settings" in fails(capsys, line)
+    assert call(f"{line} --fresh") == 0
+    assert read_record("runs/tiny/scaling_decoder/world-mend-m2-s0.json")["blocks"] == [2]
+
+
+def test_reproduce_tells_of_a_damaged_record(toy_tier, capsys):
+    line = "reproduce scaling_decoder --seeds 1 --ms 2 --quiet"
+    assert call(line) == 0
+    path = Path("runs/tiny/scaling_decoder/world-mend-m2-s0.json")
+    path.write_text("{")
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as for a user, not as in these tests
+        assert call(line) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("malmen-repro: note: the record") and "set aside as world-mend-m2-s0.json.damaged" in error
+    assert read_record(path) and path.with_name(path.name + ".damaged").read_text() == "{"
+
+
+def test_reproduce_shows_what_is_done_when_a_cell_breaks_down(toy_tier, capsys, monkeypatch):
+    real = experiments.run_cell
+
+    def breaking(cell, *args):
+        if cell.method == "MEND":
+            raise NonFiniteShiftError("the shift of layer h is not finite")
+        return real(cell, *args)
+
+    monkeypatch.setattr(experiments, "run_cell", breaking)
+    assert call("reproduce scaling_decoder --seeds 1 --ms 2 --quiet") == 2
+    both = capsys.readouterr()
+    assert "1 of 3 cells broke down" in both.err and "| world | 2 | MALMEN " in both.out
+    assert Path("runs/figures/tiny-scaling_decoder.png").exists()
+
+
+def test_list_counts_records(toy_tier, capsys):
+    assert call("list") == 0
+    text = capsys.readouterr().out
+    for name, experiment in EXPERIMENTS.items():
+        assert name in text and experiment.figure in text and all(tier in text for tier in experiment.plans)
+    assert call("reproduce scaling_decoder --seeds 1 --ms 2 --quiet") == 0
+    capsys.readouterr()
+    assert call("list --out runs") == 0
+    row = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("| tiny"))
+    assert row.rstrip(" |").endswith("3")
