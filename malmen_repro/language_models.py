@@ -112,6 +112,14 @@ class TokenBatch:
         "How many pairs the batch holds."
         return len(self.answer_mask)
 
+    def to(
+        self,
+        device: torch.device | str,  # where the model is
+    ) -> "TokenBatch":
+        "The same batch on a device."
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return TokenBatch(inputs, *(tensor.to(device) for tensor in (self.answer_mask, self.labels, self.rows)))
+
 # %% ../nbs/01_language_models.ipynb #537c3d4e
 class Decoder:
     "Decoder language models (GPT-2, GPT-J and their descendants): the answer continues the prompt after a space."
@@ -274,13 +282,7 @@ class LanguageModel:
         encoded = pairs if all(isinstance(pair, EncodedPair) for pair in pairs) else self.encode(pairs)
         order = sorted(range(len(encoded)), key=lambda i: self.family.length(encoded[i]))
         cuts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        return (self._to_device(self.family.collate([encoded[i] for i in rows], rows)) for rows in cuts)
-
-    def _to_device(self, batch: TokenBatch) -> TokenBatch:
-        "The same batch where the model is."
-        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
-        others = (tensor.to(self.device) for tensor in (batch.answer_mask, batch.labels, batch.rows))
-        return TokenBatch(inputs, *others)
+        return (self.family.collate([encoded[i] for i in rows], rows).to(self.device) for rows in cuts)
 
     def answer_logits(
         self,

@@ -299,6 +299,13 @@ def test_a_batch_is_frozen(gpt2):
         batch.labels = batch.rows
 
 
+def test_a_batch_moves_as_a_whole(gpt2):
+    (batch,) = gpt2.batches(PAIRS)
+    moved = batch.to("meta")
+    tensors = [*moved.inputs.values(), moved.answer_mask, moved.labels, moved.rows]
+    assert {tensor.device.type for tensor in tensors} == {"meta"} and list(moved.inputs) == list(batch.inputs)
+
+
 def test_shapes_are_checked():
     with pytest.raises(Exception, match="type-check|Type-check|violates"):
         TokenBatch({}, torch.ones(2, 2), torch.ones(1).long(), torch.ones(1).long())  # the mask is not bool
