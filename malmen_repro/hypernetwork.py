@@ -148,6 +148,7 @@ class HyperNetwork(nn.Module):
     ) -> tuple[Float[Tensor, "tokens key_size"], Float[Tensor, "tokens value_size"]]:  # pseudo keys, pseudo gradients
         "Appendix A.1: $(\\tilde u, \\tilde\\nabla_v L) = g_\\theta(u, \\nabla_v L)$."
         z = torch.cat([self.keys(cached.keys, layer), self.gradients(cached.value_gradients, layer)], dim=-1)
+        z = z.to(self.log_learning_rate.dtype)  # tokens of a float64 model and a float32 network, or the reverse
         for block in self.blocks:
             z = block(z, layer)
         return z.split([self.key_size, self.value_size], dim=-1)

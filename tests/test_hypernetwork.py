@@ -346,3 +346,11 @@ def test_float64_all_the_way():
         torch.set_default_dtype(torch.float32)
     net.update(cached, 0)
     assert all(out.dtype == torch.float64 for out in net(cached, 0))
+
+
+@pytest.mark.parametrize("mine", [torch.float32, torch.float64])
+@pytest.mark.parametrize("theirs", [torch.float32, torch.float64])
+def test_outputs_come_in_the_networks_dtype_whatever_the_tokens(mine, theirs):
+    net, cached = network().to(mine), tokens(dtype=theirs)
+    net.update(cached, 0)
+    assert all(out.dtype == mine for out in net(cached, 0))
