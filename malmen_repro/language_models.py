@@ -179,10 +179,10 @@ class Decoder:
             return self.model(**batch.inputs, use_cache=False).logits
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options) -> list[list[int]]:
+def _token_ids(tokenizer, texts: Sequence[str], **options) -> list[list[int]]:
     "Token ids, without the end-of-sequence token that some tokenizers append: the text is to be continued."
-    ids = tokenizer(list(texts), **options)["input_ids"]
-    return [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in ids]
+    ids, end = tokenizer(list(texts), **options)["input_ids"], getattr(tokenizer, "eos_token_id", None)
+    return [row[:-1] if len(row) > 1 and row[-1] == end else row for row in ids]
 
 # %% ../nbs/01_language_models.ipynb #835870d4
 FAMILIES: dict[str, type] = {"decoder": Decoder}  # encoder classifiers and encoder-decoders add themselves here
@@ -236,7 +236,16 @@ class LanguageModel:
         self.layers = match_layers(model, layers, last)
         self.shapes = {name: tuple(weight_view(layer).shape) for name, layer in self.layers.items()}
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.pattern, self.last = tokenizer, layers, last
+        self.pattern, self.last = layers, last
+
+    @property
+    def tokenizer(self):
+        "The tokenizer; there is one, and the family has it."
+        return self.family.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer) -> None:
+        self.family.tokenizer = tokenizer
 
     @property
     def device(self) -> torch.device:  # of the input embedding

@@ -484,6 +484,12 @@ def test_an_empty_prompt_is_refused_unless_a_token_stands_in_front(gpt2):
     assert LanguageModel(make_model("gpt2"), word_tokenizer("[bos] $A")).encode([("", "rome")])
 
 
+def test_another_tokenizer_is_used_from_then_on(gpt2):
+    gpt2.tokenizer = word_tokenizer("[bos] $A")
+    assert gpt2.tokenizer is gpt2.family.tokenizer
+    assert words(gpt2.encode(PAIRS)[1].prompt)[0] == "[bos]"
+
+
 def test_errors_are_values_and_malmen_errors():
     for error in (LayerPatternError, EmptyAnswerError, ContextLengthError, UnsupportedFamilyError):
         assert issubclass(error, LanguageModelError)
