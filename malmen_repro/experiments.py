@@ -7,9 +7,9 @@ __all__ = ['METHODS', 'TIERS', 'EXPERIMENTS', 'ZSRE_TRAIN', 'SETTINGS', 'UNTRAIN
            'HUB_PATIENCE', 'BenchFor', 'OBSERVED', 'PAPER_MEASURES', 'PALETTE', 'MARKERS', 'ExperimentError',
            'UnknownExperimentError', 'MissingDataError', 'ModelNotFoundError', 'RecordError', 'RecordConflictError',
            'CellError', 'RecordWarning', 'Cell', 'slug', 'Plan', 'Experiment', 'find_experiment', 'cells_of',
-           'trained_for', 'training_settings', 'EvaluationConfig', 'sha256', 'configuration', 'versions', 'git_state',
-           'hardware', 'processor', 'peak_memory', 'plain', 'write_record', 'read_record', 'existing_record',
-           'differences', 'weights_hash', 'facts_hash', 'fingerprints', 'model_size', 'check_model',
+           'trained_for', 'at', 'training_settings', 'EvaluationConfig', 'sha256', 'configuration', 'versions',
+           'git_state', 'hardware', 'processor', 'peak_memory', 'plain', 'write_record', 'read_record',
+           'existing_record', 'differences', 'weights_hash', 'facts_hash', 'fingerprints', 'model_size', 'check_model',
            'load_language_model', 'only_file', 'check_tier', 'paper_bench', 'bench_loader', 'condensed',
            'trained_editor', 'evaluation_blocks', 'pooled', 'run_cell', 'scores_of', 'learned', 'run_cells',
            'check_same_bench', 'read_records', 'scaling_points', 'spread', 'shown', 'markdown_table', 'spread_note',
@@ -144,7 +144,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "small": Plan(
                 {"zsre": (16, 64, 256, 1037), "entity_questions": (16, 64, 256, 1024, 4096)},
                 seeds=1,
-                trained_at=(512,),
+                trained_at=(64, 512),
             ),
             "paper": Plan({"zsre": tuple(2**k for k in range(6, 13))}, seeds=3),
         },
@@ -198,18 +198,38 @@ def trained_for(
 ZSRE_TRAIN = 244_173  # facts in zsRE's training split, section 5.1
 
 # tier -> method, or "all" -> fields of EditorConfig and of TrainingConfig.
-# `steps` may depend on m: the largest key up to m counts.
+# A setting may be a table over m: the largest key up to m counts.
 SETTINGS: dict[str, dict[str, tuple[dict, dict]]] = {
     "tiny": {
         "all": (
-            {"rank": 256, "blocks": 2, "learning_rate": 1e-3},
-            {"meta_learning_rate": 1e-3, "steps": {1: 300}, "decay": True, "lm_batch_size": 256},
+            {"rank": 256},
+            {
+                "meta_learning_rate": 3e-3,
+                "scalar_learning_rate": 3e-2,
+                "warmup": 10,
+                "decay": True,
+                "tuned_start": True,
+                "steps": {1: 200, 256: 240},
+                "ramp_facts": {1: None, 256: 64},
+                "ramp_steps": {1: 0, 256: 200},
+                "lm_batch_size": 512,
+            },
         ),
     },
     "small": {
         "all": (
-            {"rank": 512, "blocks": 2, "learning_rate": 1e-4},
-            {"meta_learning_rate": 3e-4, "steps": {1: 500}, "decay": True},
+            {"rank": 512},
+            {
+                "meta_learning_rate": 1e-3,
+                "scalar_learning_rate": 1e-2,
+                "warmup": 10,
+                "decay": True,
+                "tuned_start": True,
+                "steps": {1: 300, 512: 260},
+                "ramp_facts": {1: None, 512: 64},
+                "ramp_steps": {1: 0, 512: 200},
+                "lm_batch_size": 128,
+            },
         ),
     },
     "paper": {
@@ -217,6 +237,14 @@ SETTINGS: dict[str, dict[str, tuple[dict, dict]]] = {
     },
 }
 UNTRAINED = " untrained"  # how the name of an untrained method ends
+
+
+def at(
+    value: Any,  # a setting, or a table of settings
+    num_facts: int,  # m
+) -> Any:
+    "A setting that may depend on m: a table's entry for the largest m that is not above it."
+    return value[max((m for m in value if m <= num_facts), default=min(value))] if isinstance(value, dict) else value
 
 
 def training_settings(
@@ -232,8 +260,7 @@ def training_settings(
         ours, theirs = SETTINGS[tier].get(name, ({}, {}))
         editor.update(ours)
         training.update(theirs)
-    steps = training["steps"]
-    training["steps"] = steps[max((m for m in steps if m <= num_facts), default=min(steps))]
+    training = {name: at(value, num_facts) for name, value in training.items()}
     return EditorConfig(**editor), TrainingConfig(num_facts=num_facts, **training)
 
 # %% ../nbs/14_experiments.ipynb #de0697b1
@@ -604,11 +631,11 @@ def _build_bench(tier: str, seed: int, data_dir: str | Path | None, cache_dir: P
     check_tier(tier, data_dir)
     if tier == "paper":
         return paper_bench(data_dir)
-    from malmen_repro import stand_ins
+    from malmen_repro import small_stand_in, stand_ins
 
     if tier == "tiny":
         return stand_ins.tiny_bench(seed, cache_dir=cache_dir, progress=progress)
-    return stand_ins.small_bench(data_dir, cache_dir, seed=seed, progress=progress)
+    return small_stand_in.small_bench(data_dir, cache_dir, seed=seed, progress=progress)
 
 # %% ../nbs/14_experiments.ipynb #6e08ba8d
 def condensed(

@@ -10,4 +10,4 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # From here on every function of the package has the shapes in its signature checked at run time.
 install_import_hook("malmen_repro", "beartype.beartype")
-torch.set_num_threads(2)
+torch.set_num_threads(1)

@@ -807,7 +807,7 @@ def test_bench_loader_remembers_the_last_bench(monkeypatch, tmp_path):
 
 
 def test_small_and_paper_tier_share_one_model_among_seeds(monkeypatch, tmp_path):
-    from malmen_repro import stand_ins
+    from malmen_repro import small_stand_in
 
     built = []
 
@@ -815,7 +815,7 @@ def test_small_and_paper_tier_share_one_model_among_seeds(monkeypatch, tmp_path)
         built.append(seed)
         return toy_bench()
 
-    monkeypatch.setattr(stand_ins, "small_bench", small_bench, raising=False)
+    monkeypatch.setattr(small_stand_in, "small_bench", small_bench)
     (tmp_path / "zsre").mkdir()
     bench_for = bench_loader(tmp_path, tmp_path, progress=False)
     assert bench_for("small", 0) is bench_for("small", 3) and built == [0]

@@ -1,0 +1,259 @@
+"""The small tier's language model: splits, rows, training that can be stopped; on invented data in the real formats."""
+
+import json
+import lzma
+import random
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from malmen_repro.facts import Fact, FactError, FactFileError, check_facts
+from malmen_repro.language_models import EncodedPair, LanguageModel
+from malmen_repro.small_stand_in import (
+    ShuffledRows,
+    SmallConfig,
+    SmallRun,
+    StandInError,
+    by_length,
+    byte_pair_tokenizer,
+    corpus_sentences,
+    half_pays,
+    halves,
+    knowledge,
+    known_questions,
+    small_model,
+    small_tier_data,
+    train_small_language_model,
+    unambiguous,
+    warm_cosine,
+    what_it_should_know,
+)
+
+CONFIG = SmallConfig(layers=1, width=32, heads=2, vocabulary=400, known=12, steps=12, nq_rows=8, known_rows=8,
+                     corpus_rows=4, learning_rate=2e-3, warmup=4)
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lzma.open(path, "wt", encoding="utf-8") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out, rng, towns = tmp_path_factory.mktemp("data"), random.Random(0), ["Arden", "Bruma", "Calder", "Delvin"]
+    names = product("Ada Bo Cleo Dov Edda Finn".split(), "Ash Birch Elm Fir Oak Yew".split())
+    people = [" ".join(n) for n in names]
+    born = [{"relation": "P19", "question": f"Where was {w} born?", "subject": w, "answers": [rng.choice(towns)]}
+            for w in people]
+    nq = [{"question": f"who won the race of {y}", "answers": [rng.choice(people), "x"]} for y in range(1900, 1940)]
+    zsre = [{"subject": f"Mill {i}", "src": f"Who built Mill {i}?", "rephrase": f"By whom was Mill {i} built?",
+             "answers": [rng.choice(people)], "alt": "Bo Fir",
+             "loc": f"nq question: {nq[i]['question']}", "loc_ans": f"zsRE {i}"} for i in range(8)]
+    twins = [{"relation": r, "question": "Where is Elm Hall located?", "subject": "Elm Hall", "answers": [r]}
+             for r in ("P131", "P276")]
+    both = {"relation": "P19", "question": "Where was Zed Ash born?", "subject": "Zed Ash", "answers": ["Arden"]}
+    files = {"zsre/mend_train_1000": zsre[:4], "zsre/mend_eval_1037": zsre[4:], "nq/train": nq[:32], "nq/dev": nq[32:],
+             "entity_questions/train": [*born[:24], *twins, both], "entity_questions/dev": [*born[24:], both]}
+    for name, rows in files.items():
+        write(out / f"{name}.jsonl.xz", rows)
+    for name in ("trex_sentences", "bing_distant_sentences"):
+        sentences = [f"{name}: {w} went to {rng.choice(towns)}." for w in people]
+        write(out / f"corpus/{name}.txt.xz", ["short", "z" * 500, *sentences])
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return small_tier_data(folder, known=12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return byte_pair_tokenizer(corpus_sentences(folder), 400)
+
+
+def fresh(tokenizer, config=CONFIG):
+    return LanguageModel(small_model(config, tokenizer), tokenizer)
+
+
+def prompts(facts):
+    return {p for fact in facts for p in (fact.prompt, *fact.equivalent_prompts)}
+
+
+# ---- splits
+def test_the_same_seed_gives_the_same_splits(folder, data):
+    assert small_tier_data(folder, known=12) == data != small_tier_data(folder, 1, known=12)
+
+
+def test_nothing_that_is_edited_is_learned(data):
+    learned = {p for p, _ in data.nq_train} | prompts(data.known_facts)
+    for part in (data.train_facts, data.zsre_train, data.zsre_eval, data.eq_dev):
+        assert not learned & prompts(part)
+        check_facts(part)
+    assert not prompts(data.train_facts) & prompts(data.eq_dev)
+
+
+def test_unrelated_tuples_of_training_and_evaluation_are_apart_and_known(data):
+    a, b = ({p for p, _ in part} for part in (data.nq_a, data.nq_b))
+    assert not a & b and a | b == {p for p, _ in data.nq_train} and len(a) == len(b)
+    assert {f.unrelated_prompt for f in data.train_facts + data.zsre_train} <= a
+    assert {f.unrelated_prompt for f in data.eq_dev + data.zsre_eval} <= b
+    assert not {p for p, _ in data.nq_dev} & (a | b)
+
+
+def test_the_answer_that_zsre_asks_for_is_the_one_learned(data):
+    assert {f.unrelated_pair for f in data.zsre_eval} <= set(data.nq_train)
+
+
+def test_training_does_not_see_the_held_out_wording(data):
+    held_out = {p for p, _ in what_it_should_know(data)["known, held-out wording"]}
+    assert len(held_out) == 12 and not held_out & prompts(data.known_facts)
+    assert all(len(f.equivalent_prompts) == 2 for f in data.eq_dev)
+
+
+def test_ambiguous_questions_are_left_out(data):
+    everything = prompts(data.known_facts + data.train_facts + data.eq_dev)
+    assert "Where is Elm Hall located?" not in everything and "Where was Zed Ash born?" not in everything
+    assert len(data.known_facts) == len(data.train_facts) == 12 and len(data.eq_dev) == 12
+
+
+def test_unambiguous_compares_all_wordings():
+    first = Fact("Where was Ada Elm born?", "Kent", subject="Ada Elm", relation="P19")
+    assert unambiguous([first]) == [first]
+    assert unambiguous([first, replace(first, prompt="What is the birthplace of Ada Elm?")]) == []
+
+
+def test_known_questions_takes_the_first_row_that_asks():
+    rows = [Fact("p", "a", unrelated_prompt="q", unrelated_answer=answer) for answer in ("first", "second")]
+    assert known_questions([Fact("q", "other"), Fact("r", "own")], rows) == [("q", "first"), ("r", "own")]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4, 7, 8])
+def test_halves(kept):
+    pairs = [(str(i), "a") for i in range(8)]
+    a, b = halves(pairs, {str(i) for i in range(kept)}, random.Random(0))
+    assert sorted(a + b) == pairs and {str(i) for i in range(kept)} <= {p for p, _ in b} and len(a) == min(4, 8 - kept)
+
+
+def test_too_many_known_facts(folder):
+    with pytest.raises(FactError, match="24"):
+        small_tier_data(folder, known=24)
+
+
+def test_missing_files_are_named(folder, tmp_path):
+    with pytest.raises(FactFileError, match="mend_train_1000"):
+        small_tier_data(tmp_path)
+    with pytest.raises(FactFileError, match="trex_sentences"):
+        corpus_sentences(tmp_path)
+    whole = (folder / "corpus/trex_sentences.txt.xz").read_bytes()
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/trex_sentences.txt.xz").write_bytes(whole[:-20])
+    with pytest.raises(FactFileError, match="trex_sentences"):
+        corpus_sentences(tmp_path)
+
+
+def test_corpus_sentences(folder):
+    lines = corpus_sentences(folder, trex=5, bing=3)
+    assert lines == corpus_sentences(folder, trex=5, bing=3) != corpus_sentences(folder, 1, trex=5, bing=3)
+    assert len(set(lines)) == 8 and sum(line.startswith("trex") for line in lines) == 5
+    assert len(corpus_sentences(folder)) == 72 and all(20 <= len(line) <= 400 for line in corpus_sentences(folder))
+
+
+# ---- tokens and rows
+@pytest.mark.parametrize("text", ["Ada Ash", "naïve 東京 🙂", "a  b\tc", "(x) 3.5 %"])
+def test_any_text_can_be_written(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer("Q?")["input_ids"] + tokenizer(" " + text)["input_ids"] == tokenizer("Q? " + text)["input_ids"]
+
+
+def test_special_tokens(tokenizer):
+    assert len({tokenizer.eos_token_id, tokenizer.pad_token_id}) == 2 and len(tokenizer) <= 400
+
+
+def test_shuffled_rows():
+    rows = ShuffledRows([["a0", "a1"], ["b0"], ["c0", "c1", "c2"]], 0)
+    seen = [rows[i] for i in range(18)]
+    assert all({r[0] for r in seen[i : i + 3]} == {"a", "b", "c"} for i in range(0, 18, 3))
+    assert set(seen) == {"a0", "a1", "b0", "c0", "c1", "c2"}
+    assert [rows[i] for i in (7, 2, 17, 7)] == [seen[i] for i in (7, 2, 17, 7)]
+
+
+@pytest.mark.parametrize("count,size", [(1, 12), (3, 4), (12, 1)])
+def test_by_length(count, size):
+    rows = [EncodedPair((1,) * random.Random(i).randint(1, 9), (i,)) for i in range(12)]
+    batches = by_length(rows, count, random.Random(0))
+    assert [len(b) for b in batches] == [size] * count and sorted(sum(batches, [])) == sorted(rows)
+    spans = sorted((min(len(r.prompt) for r in b), max(len(r.prompt) for r in b)) for b in batches)
+    assert all(low[1] <= high[0] for low, high in zip(spans, spans[1:], strict=False))
+
+
+# ---- training
+def test_learning_rate():
+    rates = [warm_cosine(step, CONFIG) for step in range(13)]
+    assert rates[:4] == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3]) and rates[4] == pytest.approx(2e-3)
+    assert rates[-1] == pytest.approx(1e-4) and all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+
+
+def test_half_pays_says_yes_or_no():
+    assert half_pays(torch.device("cpu")) in (True, False) and half_pays(torch.device("meta")) is False
+
+
+def options(**more):
+    return dict(config=CONFIG, device="cpu", progress=False, save_every=0.0) | more
+
+
+def test_stopped_and_continued_is_the_same_as_straight(folder, tmp_path, monkeypatch):
+    straight, tokenizer = train_small_language_model(folder, tmp_path / "straight", **options())
+    advance = SmallRun.advance
+
+    def stop(run, *args):
+        if run.step == 7:
+            raise KeyboardInterrupt
+        return advance(run, *args)
+
+    monkeypatch.setattr(SmallRun, "advance", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_small_language_model(folder, tmp_path / "stopped", **options())
+    monkeypatch.setattr(SmallRun, "advance", advance)
+    continued, _ = train_small_language_model(folder, tmp_path / "stopped", **options())
+    loaded, again = train_small_language_model(folder, tmp_path / "straight", **options())
+    for other in (continued, loaded):
+        assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), other.parameters(), strict=True))
+        assert not other.training and not any(p.requires_grad for p in other.parameters())
+    assert again.get_vocab() == tokenizer.get_vocab()
+    record = json.loads((tmp_path / "straight/record.json").read_text())
+    assert record["tier"] == "small" and record["config"]["steps"] == 12 and record["epochs"]["nq_train"] == 3
+    assert record["sizes"]["known_facts"] == 12 and record["parameters"] == straight.num_parameters()
+    LanguageModel(loaded, again).encode([("Where was Ada Ash born?", "Arden")])
+
+
+def test_a_folder_of_another_configuration_is_refused(folder, tmp_path):
+    train_small_language_model(folder, tmp_path, **options())
+    with pytest.raises(StandInError, match="learning_rate"):
+        train_small_language_model(folder, tmp_path, **options(config=replace(CONFIG, learning_rate=1e-3)))
+    (tmp_path / "record.json").unlink()
+    with pytest.raises(StandInError, match="checkpoint.pt"):
+        train_small_language_model(folder, tmp_path, **options(config=replace(CONFIG, learning_rate=1e-3)))
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tokenizer, tmp_path):
+    lm = fresh(tokenizer)
+    run = SmallRun(tmp_path / "checkpoint.pt", lm, CONFIG)
+    with torch.no_grad():
+        lm.model.transformer.wte.weight[3] = float("nan")
+    with pytest.raises(StandInError, match="step 0"):
+        run.advance([EncodedPair((3, 4), (5,))], [EncodedPair((3,), (4, 5))])
+
+
+def test_learning(tokenizer, tmp_path):
+    pairs = [("who won", "Ada Ash"), ("who lost", "Bo Elm")]
+    lm = fresh(tokenizer)
+    before = knowledge(lm, {"both": pairs})["both"]
+    config, rows = replace(CONFIG, steps=80, learning_rate=1e-2), lm.encode(pairs)
+    run = SmallRun(tmp_path / "checkpoint.pt", lm, config)
+    losses = [run.advance(rows, rows)[0] for _ in range(80)]
+    assert losses[-1] < 0.1 < losses[0] and before < 1 == knowledge(lm, {"both": pairs})["both"]
+    assert run.tokens == 160 * sum(len(r.prompt) + len(r.answer) for r in rows)
