@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help reproduce test lint check pytest nbtest wheel notebooks export format clean
+.PHONY: help reproduce test lint check pytest nbtest wheel notebooks export readme format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,9 @@ notebooks: .venv/.dev  ## execute all notebooks in place, keeping the outputs of
 
 export: .venv/.dev  ## write the modules from the notebooks
 	$(BIN)/nbdev_export
+
+readme: .venv/.dev  ## write README.md from nbs/index.ipynb
+	$(BIN)/python tools/make_readme.py
 
 format: .venv/.dev  ## let ruff repair what it can, in the notebooks first, then export and clean
 	$(BIN)/ruff check --fix nbs tests tools

@@ -121,6 +121,7 @@ def train(
     training = TrainingConfig(
         num_facts=args.num_facts, steps=args.steps, meta_learning_rate=args.meta_learning_rate,
         locality_coefficient=args.locality, lm_batch_size=args.batch_size, seed=args.seed,
+        tuned_start=args.tuned_start,
     )
     editor = EDITORS[args.method](lm, config)
     print(f"{args.method} for {len(lm.layers)} layers: {', '.join(lm.layers)}", flush=True)
@@ -315,6 +316,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=positive, default=1920, metavar="N", help="of the hyper-network (default: %(default)s)")
     add("--blocks", type=positive, default=2, metavar="N", help="in the hyper-network (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-6, metavar="X", help="η at the start (default: %(default)s)")
+    add("--tuned-start", action="store_true", help="start η where one block of facts says: advised for a new model")
     add("--meta-learning-rate", type=float, default=1e-5, metavar="X", help="Adam's (default: %(default)s)")
     add("--locality", type=float, default=1.0, metavar="X", help="weight of the locality loss (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")

@@ -144,7 +144,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "small": Plan(
                 {"zsre": (16, 64, 256, 1037), "entity_questions": (16, 64, 256, 1024, 4096)},
                 seeds=1,
-                trained_at=(64, 512),
+                trained_at=(512,),
             ),
             "paper": Plan({"zsre": tuple(2**k for k in range(6, 13))}, seeds=3),
         },
@@ -220,14 +220,14 @@ SETTINGS: dict[str, dict[str, tuple[dict, dict]]] = {
         "all": (
             {"rank": 512},
             {
-                "meta_learning_rate": 1e-3,
-                "scalar_learning_rate": 1e-2,
+                "meta_learning_rate": 2e-3,
+                "scalar_learning_rate": 2e-2,
                 "warmup": 10,
                 "decay": True,
                 "tuned_start": True,
-                "steps": {1: 300, 512: 260},
-                "ramp_facts": {1: None, 512: 64},
-                "ramp_steps": {1: 0, 512: 200},
+                "steps": 260,
+                "ramp_facts": 64,
+                "ramp_steps": 200,
                 "lm_batch_size": 128,
             },
         ),

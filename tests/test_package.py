@@ -166,3 +166,8 @@ def test_no_path_of_one_machine_in_the_files():
 def test_no_large_file():
     large = [path.name for path in tracked_files() if path.exists() and path.stat().st_size > 5_000_000]
     assert not large
+
+
+def test_the_readme_is_in_step_with_the_index_notebook():
+    check = subprocess.run([sys.executable, ROOT / "tools" / "make_readme.py", "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
