@@ -205,7 +205,7 @@ def test_configuration_hash_sees_everything():
     hashes.add(sha256(configuration(cell(), toy_settings, replace(EVALUATION, scored_facts=7))))
     for one in fields(TrainingConfig):
         if one.name not in ("seed", "num_facts"):
-            value = {bool: True, int: 77}.get(type(one.default), 0.77)
+            value = {bool: True, int: 77}.get(type(one.default), 77 if one.name == "ramp_facts" else 0.77)
 
             def settings(*args, name=one.name, value=value):
                 editor, training = toy_settings(*args)
