@@ -169,5 +169,6 @@ def test_no_large_file():
 
 
 def test_the_readme_is_in_step_with_the_index_notebook():
-    check = subprocess.run([sys.executable, ROOT / "tools" / "make_readme.py", "--check"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "tools" / "make_readme.py", "--check"]
+    check = subprocess.run(command, capture_output=True, text=True)
     assert check.returncode == 0, check.stderr

@@ -1,5 +1,6 @@
-"""Write README.md from nbs/index.ipynb: prose as it is, code in fences, outputs below; `#| echo: false` hides a cell's code.
+"""Write README.md from nbs/index.ipynb: prose as it is, code in fences, outputs below.
 
+A cell with `#| echo: false` shows its outputs only.
 With `--check` nothing is written: the exit status says whether README.md is in step.
 """
 
