@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PEOPLE', 'TOWNS', 'invent_words', 'answer_pools', 'tell_facts', 'invent_world', 'word_tokenizer', 'TinyConfig',
-           'train_language_model', 'known_share', 'Bench', 'cache_folder', 'digest', 'tiny_model', 'tiny_bench']
+           'train_language_model', 'tiny_model', 'known_share', 'Bench', 'cache_folder', 'digest', 'tiny_bench']
 
 # %% ../nbs/13_stand_ins.ipynb #4a7a6675
 import hashlib
@@ -171,36 +171,7 @@ def train_language_model(
     model.requires_grad_(False)
     return losses
 
-# %% ../nbs/13_stand_ins.ipynb #bb78df0b
-def known_share(
-    lm: LanguageModel,
-    facts: Sequence[Fact],  # all phrasings of each are asked
-) -> float:  # in [0, 1]
-    "The share of answer tokens the model gets right."
-    pairs = [pair for fact in facts for pair in (fact.pair, *fact.equivalent_pairs)]
-    return sum(map(share, *answer_predictions(lm, pairs, 256))) / len(pairs)
-
-# %% ../nbs/13_stand_ins.ipynb #e84e07b4
-@dataclass(frozen=True)
-class Bench:
-    "Everything an experiment needs of the world outside the editor."
-
-    lm: LanguageModel  # the model to edit
-    train_facts: list[Fact]  # to learn editing from; the model knows none of them
-    eval_facts: dict[str, list[Fact]]  # name of a set -> facts to edit; in neither of the other parts
-    provenance: dict  # where it all comes from: plain JSON, stands in every record
-
-
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    "Where stand-ins are kept: `cache_dir`, else the environment's MALMEN_CACHE, else the user's cache."
-    return Path(cache_dir or os.environ.get("MALMEN_CACHE") or Path.home() / ".cache" / "malmen-repro")
-
-
-def digest(value: object) -> str:
-    "Twelve digits that tell one plain JSON value from another."
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
-
-# %% ../nbs/13_stand_ins.ipynb #8bb51340
+# %% ../nbs/13_stand_ins.ipynb #123ea9c3
 def tiny_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
     "GPT-2's architecture at random weights, in the tiny tier's size."
     with torch.random.fork_rng(devices=[]):
@@ -221,6 +192,35 @@ def tiny_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Langua
             )
         )
     return LanguageModel(model, tokenizer, "transformer.h.*.mlp.c_proj", config.edited)
+
+# %% ../nbs/13_stand_ins.ipynb #8e2e09d8
+def known_share(
+    lm: LanguageModel,
+    facts: Sequence[Fact],  # all phrasings of each are asked
+) -> float:  # in [0, 1]
+    "The share of answer tokens the model gets right."
+    pairs = [pair for fact in facts for pair in (fact.pair, *fact.equivalent_pairs)]
+    return sum(map(share, *answer_predictions(lm, pairs, 256))) / len(pairs)
+
+# %% ../nbs/13_stand_ins.ipynb #8bb51340
+@dataclass(frozen=True)
+class Bench:
+    "Everything an experiment needs of the world outside the editor."
+
+    lm: LanguageModel  # the model to edit
+    train_facts: list[Fact]  # to learn editing from; the model knows none of them
+    eval_facts: dict[str, list[Fact]]  # name of a set -> facts to edit; in neither of the other parts
+    provenance: dict  # where it all comes from: plain JSON, stands in every record
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    "Where stand-ins are kept: `cache_dir`, else the environment's MALMEN_CACHE, else the user's cache."
+    return Path(cache_dir or os.environ.get("MALMEN_CACHE") or Path.home() / ".cache" / "malmen-repro")
+
+
+def digest(value: object) -> str:
+    "Twelve digits that tell one plain JSON value from another."
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
 
 # %% ../nbs/13_stand_ins.ipynb #a46db863
 def tiny_bench(

@@ -25,15 +25,6 @@ COMMANDS = ("reproduce", "list", "train", "edit", "evaluate")
 TRAIN = "--num-facts 4 --rank 4 --learning-rate 0.05 --meta-learning-rate 0.01 --steps 2 --device cpu --quiet"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The toys are too small to be shared between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with a model, facts, a trained editor and a shift; not to be changed."""

@@ -91,15 +91,6 @@ def no_bench(tier, seed):
     raise AssertionError("no bench was needed")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The toys are too small to be shared between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder with the records of two seeds, two m and all methods, and the records; not to be changed."""
