@@ -18,6 +18,7 @@ from malmen_repro.facts import (
     ENTITY_QUESTION_TEMPLATES,
     HELD_OUT,
     HELD_OUT_TEMPLATES,
+    LABELS,
     TRAINING_TEMPLATES,
     ConflictingFactsError,
     Fact,
@@ -32,7 +33,9 @@ from malmen_repro.facts import (
     check_facts,
     drop_conflicts,
     drop_repeats,
+    flipped,
     load_facts,
+    other_label,
     pair_unrelated,
     save_facts,
     split_facts,
@@ -55,6 +58,56 @@ ORIGINAL_ENTITY = {"question": "Where was Zoë born?", "answers": ["Paris", "Lut
 NQ = {"question": "when does season 3 start", "answers": ["in 2019", "2019"]}
 NQ_TEXT = {"question": "when is it out", "answers": "February 16 , 2018"}
 NQ_OPEN = {"question": "when is it out", "answer": ["February 16 , 2018"]}
+FEVER = {"claim": "Zoë was born in Paris.", "label": "SUPPORTS"}
+FEVER_ORIGINAL = {"id": 7, "claim": "Zoë has never lived.", "label": "REFUTES", "evidence": [[[1, 2, "Zoë", 0]]]}
+MEND_FEVER = {  # De Cao et al.'s form: what their model said, and what opposes that
+    "id": "7",
+    "input": "Zoë was born in Paris.",
+    "output": [{"provenance": []}, {"answer": "SUPPORTS", "provenance": []}],
+    "prediction": "REFUTES",
+    "alternatives": ["SUPPORTS"],
+    "filtered_rephrases": ["Paris is where Zoë was born.", "Zoë was born in Paris.", "Paris is where Zoë was born."],
+    "logit": -1.5,
+}
+MEND_ZSRE = {
+    "input": "Where was Zoë born?",
+    "output": [{"answer": "Paris"}, {"answer": "Lutetia"}],
+    "prediction": "Rome",
+    "alternatives": ["Lyon", "Nice"],
+    "filtered_rephrases": ["What is the birthplace of Zoë?"],
+}
+MALMEN_FEVER = {
+    "prompt": "Zoë was born in Paris.",
+    "equiv_prompt": ["Paris is where Zoë was born.", "Zoë's birthplace is Paris."],
+    "alt": "REFUTES",
+    "unrel_prompt": "The Seine is a lake.",
+    "unrel_ans": "REFUTES",
+}
+COUNTERFACT = {
+    "case_id": 3,
+    "prompt": "The mother tongue of Zoë is",
+    "target_new": "English",
+    "subject": "Zoë",
+    "ground_truth": "French",
+    "rephrase_prompt": "Zoë grew up speaking",
+    "locality_prompt": "The mother tongue of Max is",
+    "locality_ground_truth": "French",
+}
+ROME = {
+    "case_id": 3,
+    "pararel_idx": 4,
+    "requested_rewrite": {
+        "prompt": "The mother tongue of {} is",
+        "relation_id": "P103",
+        "target_new": {"str": "English", "id": "Q1860"},
+        "target_true": {"str": "French", "id": "Q150"},
+        "subject": "Zoë",
+    },
+    "paraphrase_prompts": ["It rained. Zoë grew up speaking", "Zoë, a native speaker of"],
+    "neighborhood_prompts": ["The mother tongue of Max is", "Ann spoke the language"],
+    "attribute_prompts": ["Bob speaks"],
+    "generation_prompts": ["Zoë likes"],
+}
 NATIVE = {
     "prompt": "Where was Zoë born?",
     "answer": "Paris",
@@ -85,6 +138,52 @@ ROWS = {
     "nq": (NQ, Fact("when does season 3 start", "in 2019")),
     "nq_text": (NQ_TEXT, Fact("when is it out", "February 16 , 2018")),
     "nq_open": (NQ_OPEN, Fact("when is it out", "February 16 , 2018")),
+    "fever": (FEVER, Fact("Zoë was born in Paris.", "SUPPORTS", alternative="REFUTES")),
+    "fever_original": (FEVER_ORIGINAL, Fact("Zoë has never lived.", "REFUTES", alternative="SUPPORTS")),
+    "mend_fever": (
+        MEND_FEVER,
+        Fact("Zoë was born in Paris.", "SUPPORTS", ("Paris is where Zoë was born.",), alternative="REFUTES"),
+    ),
+    "mend_zsre": (
+        MEND_ZSRE,
+        Fact("Where was Zoë born?", "Paris", ("What is the birthplace of Zoë?",), alternative="Lyon"),
+    ),
+    "malmen_fever": (
+        MALMEN_FEVER,
+        Fact(
+            "Zoë was born in Paris.",
+            "SUPPORTS",
+            ("Paris is where Zoë was born.", "Zoë's birthplace is Paris."),
+            "The Seine is a lake.",
+            "REFUTES",
+            alternative="REFUTES",
+        ),
+    ),
+    "counterfact": (
+        COUNTERFACT,
+        Fact(
+            "The mother tongue of Zoë is",
+            "English",
+            ("Zoë grew up speaking",),
+            "The mother tongue of Max is",
+            "French",
+            subject="Zoë",
+            alternative="French",
+        ),
+    ),
+    "rome": (
+        ROME,
+        Fact(
+            "The mother tongue of Zoë is",
+            "English",
+            ("It rained. Zoë grew up speaking", "Zoë, a native speaker of"),
+            "The mother tongue of Max is",
+            "French",
+            subject="Zoë",
+            relation="P103",
+            alternative="French",
+        ),
+    ),
     "native": (
         NATIVE,
         Fact(**{**NATIVE, "equivalent_prompts": tuple(NATIVE["equivalent_prompts"])}),
@@ -487,18 +586,19 @@ def test_row_that_is_no_object(tmp_path, row, layout):
 @pytest.mark.parametrize(
     "row",
     [
-        {"claim": "It is.", "label": "SUPPORTS"},
-        {"case_id": 3, "prompt": "The mother tongue of Zoë is", "target_new": "English", "subject": "Zoë"},
+        {"text": "It is.", "verdict": "SUPPORTS"},
+        {"known_id": 3, "prompt": "The mother tongue of Zoë is", "attribute": "English", "subject": "Zoë"},
         {"relation": "P19", "subject": "Zoë", "object": "Paris"},
         {},
     ],
-    ids=["fever", "counterfact", "pararel", "empty"],
+    ids=["other_claims", "known", "pararel", "empty"],
 )
 def test_unknown_format_names_keys_and_known_formats(tmp_path, row):
     message = str(refused_row(tmp_path, row))
     if row:
         assert "no known format" in message and all(key in message for key in row)
-        assert all(word in message for word in ("MEND", "MALMEN", "EntityQuestions", "NQ", "equivalent_prompts"))
+        assert all(word in message for word in ("MEND", "MALMEN", "EntityQuestions", "NQ", "FEVER", "CounterFact"))
+        assert "equivalent_prompts" in message
 
 
 def test_misspelt_field_of_a_fact(tmp_path):
@@ -509,6 +609,131 @@ def test_misspelt_field_of_a_fact(tmp_path):
 @pytest.mark.parametrize("field", ["unrelated_prompt", "unrelated_answer"])
 def test_half_an_unrelated_pair(tmp_path, field):
     assert refused_row(tmp_path, {k: v for k, v in NATIVE.items() if k != field}).field == field
+
+
+# --- claims and CounterFact ------------------------------------------------------------------------------------------
+
+NEW_REQUIRED = [
+    *((FEVER, name) for name in ("claim", "label")),
+    *((MEND_FEVER, name) for name in ("input", "output")),
+    *((MALMEN_FEVER, name) for name in MALMEN_FEVER),
+    *((COUNTERFACT, name) for name in COUNTERFACT if name != "case_id"),
+    *((ROME, name) for name in ("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts")),
+]
+
+
+@pytest.mark.parametrize(("row", "field"), NEW_REQUIRED)
+def test_missing_or_odd_field_of_the_newer_formats(tmp_path, row, field):
+    assert refused_row(tmp_path, row | {field: None}).field == field
+    assert refused_row(tmp_path, {k: v for k, v in row.items() if k != field}).field == field
+    for bad in ("" if field not in ("alt", "label", "unrel_ans") else "NOT ENOUGH INFO", 3, {"a": 1}):
+        assert refused_row(tmp_path, row | {field: bad}).field in (field, "prompt")
+
+
+@pytest.mark.parametrize("row", [FEVER, FEVER_ORIGINAL, MALMEN_FEVER], ids=["fever", "original", "malmen"])
+@pytest.mark.parametrize("label", ["NOT ENOUGH INFO", "supports", "", 0, 1.0, True, ["SUPPORTS"]], ids=repr)
+def test_labels(tmp_path, row, label):
+    field = "alt" if "alt" in row else "label"
+    error = refused_row(tmp_path, row | {field: label})
+    assert error.field == field and "SUPPORTS or REFUTES" in str(error)
+    assert ("which class a number means" in str(error)) == isinstance(label, (int, float))
+
+
+def test_claims_without_a_verdict_can_be_skipped(tmp_path):
+    path = written(tmp_path, lines(FEVER, FEVER | {"label": "NOT ENOUGH INFO"}, FEVER_ORIGINAL))
+    with pytest.warns(FactWarning, match="1 bad rows"):
+        assert [fact.answer for fact in load_facts(path, on_bad_row="skip")] == ["SUPPORTS", "REFUTES"]
+
+
+def test_the_alternative_of_a_label_opposes_the_label_not_the_prediction(tmp_path):
+    fact = load_facts(written(tmp_path, lines(MEND_FEVER)), answer="alternative")[0]
+    assert (fact.answer, fact.alternative) == ("REFUTES", "SUPPORTS")
+
+
+@pytest.mark.parametrize("rephrases", [None, [], ["Zoë was born in Paris."]])
+def test_rephrases_may_be_missing_or_repeat_the_claim(tmp_path, rephrases):
+    row = MEND_FEVER | {"filtered_rephrases": rephrases}
+    assert load_facts(written(tmp_path, lines(row)))[0].equivalent_prompts == ()
+    plain = {name: MEND_FEVER[name] for name in ("id", "input", "output")}  # as KILT distributes it
+    assert load_facts(written(tmp_path, lines(plain)))[0].pair == (FEVER["claim"], "SUPPORTS")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("output", "Paris", "list of objects"),
+        ("output", ["Paris"], "list of objects"),
+        ("output", [], "holds no answer"),
+        ("output", [{"provenance": []}], "holds no answer"),
+        ("output", [{"answer": 3}], "must be text"),
+        ("alternatives", [3], "item 0 must be text"),
+        ("filtered_rephrases", ["a", ""], "item 1 is empty"),
+        ("filtered_rephrases", 3, "text or a list of texts"),
+    ],
+)
+def test_odd_back_translated_rows(tmp_path, field, value, problem):
+    error = refused_row(tmp_path, MEND_ZSRE | {field: value})
+    assert error.field == field and problem in str(error)
+
+
+def test_a_kilt_row_without_alternatives_has_none(tmp_path):
+    path = written(tmp_path, lines(MEND_ZSRE | {"alternatives": []}))
+    assert load_facts(path)[0].alternative is None
+    with pytest.raises(FactRowError, match="alternative"):
+        load_facts(path, answer="alternative")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prompt": "The mother tongue is"}, "prompt"),
+        ({"prompt": "{} and {}"}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"subject": ""}, "subject"),
+        ({"subject": None}, "subject"),
+        ({"target_new": {"id": "Q1"}}, "str"),
+        ({"target_true": None}, "target_true"),
+        ({"target_true": {"str": " "}}, "target_true"),
+    ],
+)
+def test_odd_rewrites(tmp_path, changes, field):
+    row = ROME | {"requested_rewrite": ROME["requested_rewrite"] | changes}
+    assert refused_row(tmp_path, row).field == field
+
+
+def test_a_subject_with_braces(tmp_path):
+    row = ROME | {"requested_rewrite": ROME["requested_rewrite"] | {"subject": "{x} {}"}}
+    assert load_facts(written(tmp_path, lines(row)))[0].prompt == "The mother tongue of {x} {} is"
+
+
+def test_counterfact_can_be_edited_towards_the_truth(tmp_path):
+    for row in (COUNTERFACT, ROME):
+        fact = load_facts(written(tmp_path, lines(row)), answer="alternative")[0]
+        assert (fact.answer, fact.alternative) == ("French", "English")
+
+
+def test_flipped():
+    claims = [ROWS["fever"][1], ROWS["malmen_fever"][1], Fact("Zoë lives.", "REFUTES")]
+    turned = flipped(claims)
+    assert [fact.answer for fact in turned] == ["REFUTES", "REFUTES", "SUPPORTS"]
+    assert [fact.alternative for fact in turned] == ["SUPPORTS", "SUPPORTS", "REFUTES"]
+    for before, after in zip(claims, turned, strict=True):
+        assert replace(after, answer=before.answer, alternative=before.alternative) == before
+        assert after.unrelated_pair == before.unrelated_pair
+    assert flipped([]) == []
+
+
+def test_flipping_what_is_no_claim():
+    with pytest.raises(FactError, match="a.jsonl, line 7: the answer 'Paris' is no label"):
+        flipped([Fact("Where?", "Paris", source="a.jsonl, line 7")])
+    with pytest.raises(FactError, match="'Where\\?'"):
+        flipped([Fact("Where?", "Paris")])
+
+
+def test_other_label():
+    assert [other_label(label) for label in LABELS] == ["REFUTES", "SUPPORTS"]
+    with pytest.raises(FactError, match="'maybe'"):
+        other_label("maybe")
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -843,8 +1068,14 @@ def test_real_files():
 
     folder = Path(os.environ["MALMEN_DATA"])
     rows = {"zsre/mend_train_1000": 1000, "zsre/mend_eval_1037": 1037, "entity_questions/dev": 22_068, "nq/dev": 2593}
+    rows |= {"fever/train": 8904, "fever/dev": 6666}
+    rows |= {"counterfact/train": 10_000, "counterfact/edit": 10_000, "counterfact/full_form_804": 804}
     facts = {name: load_facts(folder / f"{name}.jsonl.xz") for name in rows}
     assert {name: len(loaded) for name, loaded in facts.items()} == rows
     check_facts(facts["zsre/mend_eval_1037"])  # all of them can be edited at once
     check_facts(drop_conflicts(facts["entity_questions/dev"])[0])
     assert len(add_rephrases(facts["entity_questions/dev"])) == 22_068
+    assert {fact.answer for fact in facts["fever/train"] + facts["fever/dev"]} == set(LABELS)
+    assert flipped(flipped(facts["fever/dev"])) == facts["fever/dev"]
+    assert all(fact.answer != fact.alternative for fact in facts["counterfact/train"])
+    assert all(fact.subject in fact.prompt and fact.unrelated_pair for fact in facts["counterfact/full_form_804"])
