@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .facts import MalmenError
-from .language_models import LanguageModel, TokenBatch
+from .language_models import LanguageModel, LayerPatternError, TokenBatch
 
 # %% ../nbs/02_keys_and_gradients.ipynb #78262101
 class NonFiniteGradientError(MalmenError, ArithmeticError):
@@ -84,16 +84,20 @@ def capture(
 ) -> dict[str, KeysAndGradients]:  # a pair for each edited layer, detached; rows in the order of `batch`
     """Keys and value gradients of a batch, Algorithm 1: cache, back-propagate L, cache. No weight gradient is built.
 
-    Raises `NonFiniteGradientError`.
+    Raises `NonFiniteGradientError`, and `LayerPatternError` for a layer that does not see tokens, such as a pooler.
     """
     if tokens not in ("answer", "all"):
         raise ValueError(f"tokens must be 'answer' or 'all', not {tokens!r}")
     with torch.enable_grad(), watched(lm) as seen:
         loss = fine_tuning_loss(lm.answer_logits(batch), batch)
         gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
-    mask = batch.answer_mask if tokens == "answer" else batch.inputs["attention_mask"].bool()
     cached = {}
     for (name, (keys, _)), gradient in zip(seen.items(), gradients, strict=True):
+        mask = lm.family.cached_mask(name, batch, tokens)
+        if keys.shape[:-1] != mask.shape:
+            raise LayerPatternError(
+                f"layer {name} reads {tuple(keys.shape)}, not {tuple(mask.shape)} tokens: edit another layer"
+            )
         cached[name] = KeysAndGradients(at_least_float32(keys[mask]), at_least_float32(gradient[mask]))
         _check_finite(name, cached[name], batch, mask)
     return cached

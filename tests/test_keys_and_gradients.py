@@ -24,7 +24,16 @@ from malmen_repro.keys_and_gradients import (
     fine_tuning_loss,
     watched,
 )
-from malmen_repro.language_models import EncodedPair, LanguageModel, weight_view
+from malmen_repro.language_models import (
+    EncodedPair,
+    LanguageModel,
+    LayerPatternError,
+    feed_forward,
+    linear_layers,
+    weight_view,
+)
+
+from .toy import toy_claims, toy_classifier, toy_encoder_decoder, toy_facts
 
 VOCABULARY = 40
 GPT2 = "transformer.h.*.mlp.c_proj"
@@ -174,6 +183,123 @@ def test_value_gradients_against_central_differences():
 
     difference = (loss(1) - loss(-1)) / (2 * step)
     torch.testing.assert_close(difference, (gradients * direction).sum(), rtol=1e-7, atol=1e-10)
+
+
+# --- the other families
+
+
+def both_families(kind, **options):
+    """A toy of a family with pairs for it."""
+    if kind == "bert":
+        return toy_classifier(torch.float64, **options), [fact.pair for fact in toy_claims(7)]
+    return toy_encoder_decoder(torch.float64, kind=kind, **options), [fact.pair for fact in toy_facts(7)]
+
+
+OTHERS = ["bert", "t5", "bart"]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("which", ["first", "second", "both"])
+def test_the_product_over_all_tokens_is_the_weight_gradient_in_every_family(kind, which):
+    lm, _ = both_families(kind)
+    lm, pairs = both_families(kind, layers=feed_forward(lm.model, which), last=2)
+    batch = one_batch(lm, pairs)
+    expected = gradients_by_autograd(lm, batch)
+    cached = capture(lm, batch, tokens="all")
+    assert list(cached) == list(lm.layers)
+    for name, (keys, gradients) in cached.items():
+        torch.testing.assert_close(gradients.T @ keys, expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_attention_layers_of_an_encoder_decoder_too(kind):
+    patterns = ["*.k", "*.v", "*.q", "*.o"] if kind == "t5" else ["*_attn.*_proj"]
+    lm, pairs = both_families(kind, layers=patterns, last=None)
+    batch = one_batch(lm, pairs)
+    expected = gradients_by_autograd(lm, batch)
+    for name, (keys, gradients) in capture(lm, batch).items():  # without "all": every position counts anyway
+        torch.testing.assert_close(gradients.T @ keys, expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_encoder_and_decoder_layers_alone_and_together(last):
+    together, pairs = both_families("t5", last=last)
+    batch = one_batch(together, pairs)
+    cached = capture(together, batch)
+    assert len(cached) == 2 * last
+    for pattern in feed_forward(together.model):
+        alone, _ = both_families("t5", layers=pattern, last=last)
+        for name, (keys, gradients) in capture(alone, batch).items():
+            torch.testing.assert_close((keys, gradients), tuple(cached[name]), rtol=1e-10, atol=1e-13)
+
+
+def test_all_and_answer_are_one_in_an_encoder_decoder():
+    lm, pairs = both_families("t5", last=2)
+    batch = one_batch(lm, pairs)
+    some, every = capture(lm, batch), capture(lm, batch, tokens="all")
+    for name in lm.layers:
+        assert all(torch.equal(a, b) for a, b in zip(some[name], every[name], strict=True))
+        side = "attention_mask" if name.startswith("encoder") else "decoder_attention_mask"
+        assert len(some[name].keys) == int(batch.inputs[side].sum())
+
+
+def test_in_a_classifiers_last_block_only_the_first_token_carries_gradient():
+    lm, pairs = both_families("bert")
+    batch = one_batch(lm, pairs)
+    chosen = batch.answer_mask[batch.inputs["attention_mask"].bool()]
+    first, last = (gradients for _, gradients in capture(lm, batch, tokens="all").values())
+    assert (last[~chosen] == 0).all() and (last[chosen].norm(dim=-1) > 0).all() and (first[~chosen] != 0).any()
+    assert [len(keys) for keys, _ in capture(lm, batch).values()] == [len(pairs)] * 2
+
+
+def by_owner(lm, pairs, batch_size, tokens):
+    """Every pair's cached tokens of each layer, whatever batch they came from."""
+    found = {name: {} for name in lm.layers}
+    for batch in lm.batches(pairs, batch_size):
+        rows = batch.rows.unique_consecutive().tolist()
+        for name, cached in capture(lm, batch, tokens).items():
+            sizes = lm.family.cached_mask(name, batch, tokens).sum(1).tolist()
+            parts = zip(cached.keys.split(sizes), cached.value_gradients.split(sizes), strict=True)
+            found[name] |= dict(zip(rows, parts, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("batch_size", [2, 3, 100])
+def test_neither_batch_size_nor_padding_matters_in_any_family(kind, batch_size):
+    lm, pairs = both_families(kind, last=2)
+    for tokens in ("answer", "all"):
+        alone, together = by_owner(lm, pairs, 1, tokens), by_owner(lm, pairs, batch_size, tokens)
+        torch.testing.assert_close(together, alone, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_the_pairs_of_a_broken_token_are_named_in_every_family(kind, tokens):
+    lm, pairs = both_families(kind, last=2)
+    words = lm.model.get_input_embeddings().weight
+    # One word stands in the prompts of pairs 2 and 5 alone.
+    pairs = [(prompt.replace("w59", "w1"), answer.replace("w59", "w1")) for prompt, answer in pairs]
+    pairs = [(f"{prompt} w59" if i in (2, 5) else prompt, answer) for i, (prompt, answer) in enumerate(pairs)]
+    row = lm.tokenizer("w59", add_special_tokens=False)["input_ids"][0]
+    if kind != "bert":  # or a broken word of the tied vocabulary would break every pair's logits
+        lm.model.lm_head.weight = torch.nn.Parameter(words.clone(), requires_grad=False)
+    words[row] = torch.nan
+    named = set()
+    for batch in lm.batches(pairs, 3):
+        try:
+            capture(lm, batch, tokens)
+        except NonFiniteGradientError as error:
+            named |= set(map(int, str(error).split("pairs ")[1].split(", counted")[0].split(", ")))
+    assert named == {2, 5}
+
+
+@pytest.mark.parametrize("pattern", ["bert.pooler.dense", "classifier"])
+def test_a_layer_that_does_not_see_tokens_is_refused(pattern):
+    lm, pairs = both_families("bert", layers=pattern, last=None)
+    assert pattern in linear_layers(lm.model)
+    with pytest.raises(LayerPatternError, match=f"layer {pattern} reads"):
+        capture(lm, one_batch(lm, pairs))
 
 
 # --- batches

@@ -10,34 +10,49 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPTJConfig,
     GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 from transformers.pytorch_utils import Conv1D
 
-from malmen_repro import language_models
 from malmen_repro.facts import MalmenError
 from malmen_repro.language_models import (
     FAMILIES,
+    FEED_FORWARD,
     ContextLengthError,
     Decoder,
     EmptyAnswerError,
     EncodedPair,
+    EncoderClassifier,
+    EncoderDecoder,
     LanguageModel,
     LanguageModelError,
     LayerPatternError,
     TokenBatch,
+    UnknownLabelError,
     UnsupportedFamilyError,
     family_of,
+    feed_forward,
     fingerprint,
     gathered,
     linear_layers,
@@ -45,6 +60,8 @@ from malmen_repro.language_models import (
     same_model,
     weight_view,
 )
+
+from .toy import LABELS, toy_claims, toy_classifier, toy_encoder_decoder, toy_facts
 
 WORDS = "[unk] [bos] [eos] what is the capital of france italy ? paris rome new york city".split()
 PAIRS = [
@@ -491,7 +508,13 @@ def test_another_tokenizer_is_used_from_then_on(gpt2):
 
 
 def test_errors_are_values_and_malmen_errors():
-    for error in (LayerPatternError, EmptyAnswerError, ContextLengthError, UnsupportedFamilyError):
+    for error in (
+        LayerPatternError,
+        EmptyAnswerError,
+        ContextLengthError,
+        UnknownLabelError,
+        UnsupportedFamilyError,
+    ):
         assert issubclass(error, LanguageModelError)
     assert issubclass(LanguageModelError, MalmenError) and issubclass(LanguageModelError, ValueError)
 
@@ -506,10 +529,11 @@ def test_a_model_that_is_refused_is_left_as_it_was():
 # --- families
 
 
-def t5():
+def t5(**options):
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
-    return T5ForConditionalGeneration(T5Config(vocab_size=len(WORDS), **sizes, pad_token_id=0, eos_token_id=2))
+    config = T5Config(vocab_size=len(WORDS), **{**sizes, "pad_token_id": 0, "eos_token_id": 2, **options})
+    return T5ForConditionalGeneration(config)
 
 
 def bert():
@@ -517,9 +541,25 @@ def bert():
     return BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), **sizes))
 
 
+def bart(kind=BartForConditionalGeneration):
+    stacks = {f"{stack}_{what}": n for stack in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 32))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    ids = {"pad_token_id": 0, "decoder_start_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    return kind(BartConfig(vocab_size=len(WORDS), d_model=16, **stacks, **heads, **ids, forced_eos_token_id=None))
+
+
 @pytest.mark.parametrize(
     ("make", "family"),
-    [(t5, "encoder-decoder"), (bert, "encoder-classifier"), (lambda: make_model("gpt2").transformer, "headless")],
+    [
+        (lambda: make_model("gpt2").transformer, "headless"),
+        (lambda: bert().bert, "headless"),
+        (lambda: t5().encoder, "headless"),
+        (lambda: bart(BartForSequenceClassification), "last token"),
+        (
+            lambda: GPT2ForSequenceClassification(GPT2Config(vocab_size=15, n_embd=8, n_layer=1, n_head=1, **IDS)),
+            "last token",
+        ),
+    ],
 )
 def test_families_without_a_reader_are_refused_by_name(make, family):
     model = make()
@@ -527,41 +567,248 @@ def test_families_without_a_reader_are_refused_by_name(make, family):
         LanguageModel(model, word_tokenizer(), "*")
 
 
-def test_decoders_are_found():
+def test_families_are_found():
     assert all(family_of(make_model(kind)) is Decoder for kind in PATTERNS)
-    assert FAMILIES == {"decoder": Decoder}
+    assert family_of(bert()) is EncoderClassifier
+    assert family_of(t5()) is family_of(bart()) is EncoderDecoder
+    assert FAMILIES == {"decoder": Decoder, "encoder-classifier": EncoderClassifier, "encoder-decoder": EncoderDecoder}
 
 
-class ToyEncoderDecoder(Decoder):
-    """What a new family has to provide, on the example of T5: nothing outside of this class changes."""
-
-    def length(self, pair):
-        return max(len(pair.prompt), len(pair.answer))
-
-    def collate(self, pairs, rows):
-        width, tall = max(len(p.prompt) for p in pairs), max(len(p.answer) for p in pairs)
-        ids, attention = torch.zeros(len(pairs), width).long(), torch.zeros(len(pairs), width).long()
-        decoder, answers = torch.zeros(len(pairs), tall).long(), torch.zeros(len(pairs), tall).bool()
-        for i, pair in enumerate(pairs):
-            ids[i, : len(pair.prompt)], attention[i, : len(pair.prompt)] = torch.tensor(pair.prompt), 1
-            decoder[i, 1 : len(pair.answer)] = torch.tensor(pair.answer[:-1])
-            answers[i, : len(pair.answer)] = True
-        labels = torch.tensor([token for pair in pairs for token in pair.answer])
-        owners = torch.tensor([row for row, pair in zip(rows, pairs, strict=True) for _ in pair.answer])
-        inputs = {"input_ids": ids, "attention_mask": attention, "decoder_input_ids": decoder}
-        return TokenBatch(inputs, answers, labels, owners)
+# --- encoder classifiers
 
 
-def test_the_seam_for_new_families_holds(monkeypatch):
-    monkeypatch.setitem(language_models.FAMILIES, "encoder-decoder", ToyEncoderDecoder)
-    lm = LanguageModel(t5(), word_tokenizer(), "decoder.block.*.layer.*.DenseReluDense.wo", last=2)
-    assert isinstance(lm.family, ToyEncoderDecoder) and len(lm.layers) == 2
-    (together,) = lm.batches(PAIRS)
-    logits = lm.answer_logits(together)
-    for batch in lm.batches(PAIRS, 1):
-        row = batch.rows[0].item()
-        plain = lm.model(**batch.inputs).logits[0]
-        torch.testing.assert_close(logits[together.rows == row], plain, rtol=1e-4, atol=1e-5)
+def test_a_claim_is_read_whole_and_answered_by_its_first_token():
+    lm, claims = toy_classifier(), toy_claims(5)
+    for fact, encoded in zip(claims, lm.encode([fact.pair for fact in claims]), strict=True):
+        assert encoded.prompt == tuple(lm.tokenizer(fact.prompt)["input_ids"])
+        assert encoded.prompt[0] == encoded.prompt[-1] == 0  # the special tokens of the tokenizer stay
+        assert encoded.answer == (LABELS.index(fact.answer),)
+        assert lm.family.length(encoded) == len(encoded.prompt)
+    (batch,) = lm.batches([fact.pair for fact in claims])
+    assert batch.answer_mask.nonzero()[:, 1].tolist() == [0] * 5 and sorted(batch.rows.tolist()) == list(range(5))
+    assert [LABELS[i] for i in batch.labels] == [claims[row].answer for row in batch.rows]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
+def test_a_classifiers_logits_are_those_of_each_claim_alone(batch_size):
+    lm, pairs = toy_classifier(torch.float64), [fact.pair for fact in toy_claims(7)]
+    for batch in lm.batches(pairs, batch_size):
+        logits = lm.answer_logits(batch)
+        assert logits.shape == (len(batch.rows), 2)
+        for row, ours in zip(batch.rows.tolist(), logits, strict=True):
+            alone = lm.model(torch.tensor([lm.tokenizer(pairs[row][0])["input_ids"]])).logits[0]
+            torch.testing.assert_close(ours, alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("answer", ["supports", "", " ", "LABEL_0", "SUPPORTS "])
+def test_an_unknown_label_is_refused_with_the_labels_listed(answer):
+    lm = toy_classifier()
+    with pytest.raises(UnknownLabelError, match=r"'w1 w2' has the answer .* labels are: SUPPORTS, REFUTES"):
+        lm.encode([("w3", "REFUTES"), ("w1 w2", answer)])
+
+
+def test_a_claim_longer_than_the_context_is_refused():
+    lm = toy_classifier()
+    assert lm.context == 24 and len(lm.encode([("w1 " * 22, "REFUTES")])[0].prompt) == 24
+    with pytest.raises(ContextLengthError, match="25 tokens"):
+        lm.encode([("w1 " * 23, "REFUTES")])
+
+
+# --- encoder-decoders
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_encoder_and_decoder_read_what_they_should(kind):
+    lm, facts = toy_encoder_decoder(kind=kind), toy_facts(6)
+    pairs = [fact.pair for fact in facts]
+    (batch,) = lm.batches(pairs)
+    places = [batch.rows.tolist().index(row) for row in batch.rows.unique_consecutive().tolist()]
+    owners = [batch.rows[place].item() for place in places]
+    for i, row in enumerate(owners):
+        prompt, answer = (lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in pairs[row])
+        read = batch.inputs["input_ids"][i][batch.inputs["attention_mask"][i].bool()].tolist()
+        assert read == [*prompt, 0]  # the end of sequence that the tokenizer adds stays
+        written = batch.inputs["decoder_input_ids"][i][batch.inputs["decoder_attention_mask"][i].bool()].tolist()
+        assert written == [0, *answer[:-1]] and batch.labels[batch.rows == row].tolist() == answer  # without an end
+    assert torch.equal(batch.answer_mask, batch.inputs["decoder_attention_mask"].bool())
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
+def test_an_encoder_decoders_logits_are_those_of_each_row_alone(kind, batch_size):
+    lm, pairs = toy_encoder_decoder(torch.float64, kind=kind), [fact.pair for fact in toy_facts(7)]
+    for batch in lm.batches(pairs, batch_size):
+        logits = lm.answer_logits(batch)
+        for row in batch.rows.unique().tolist():
+            (encoded,) = lm.encode([pairs[row]])
+            inputs = {"input_ids": encoded.prompt, "decoder_input_ids": (0, *encoded.answer[:-1])}
+            alone = lm.model(**{name: torch.tensor([ids]) for name, ids in inputs.items()}).logits[0]
+            torch.testing.assert_close(logits[batch.rows == row], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_what_stands_in_the_padding_of_either_side_does_not_matter(kind):
+    lm = toy_encoder_decoder(kind=kind)
+    (batch,) = lm.batches([fact.pair for fact in toy_facts(6)])
+    before = lm.answer_logits(batch)
+    for side in ("", "decoder_"):
+        hidden = batch.inputs[f"{side}attention_mask"] == 0
+        assert hidden.any()
+        batch.inputs[f"{side}input_ids"][hidden] = 7
+    torch.testing.assert_close(lm.answer_logits(batch), before, rtol=1e-5, atol=1e-5)
+
+
+def test_only_answer_positions_of_the_decoder_reach_the_vocabulary():
+    lm, seen = toy_encoder_decoder(), []
+    (batch,) = lm.batches([fact.pair for fact in toy_facts(6)])
+    lm.model.lm_head.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    assert lm.answer_logits(batch).shape == (len(batch.labels), 62) and seen == [len(batch.labels)]
+    assert batch.answer_mask.numel() > len(batch.labels)
+
+
+def test_t5_has_no_limit_and_bart_has_one():
+    long = [("w1 " * 200, "w2 w3")]
+    assert toy_encoder_decoder().context is None and len(toy_encoder_decoder().encode(long)) == 1
+    bart = toy_encoder_decoder(kind="bart")
+    assert bart.context == 24
+    for prompt, answer in (("w1 " * 24, "w2"), ("w1", "w2 " * 25)):
+        with pytest.raises(ContextLengthError, match="25 tokens"):
+            bart.encode([(prompt, answer)])
+    for prompt, answer in (("w1 " * 23, "w2"), ("w1", "w2 " * 24)):
+        assert bart.answer_logits(*bart.batches([(prompt, answer)])).isfinite().all()
+
+
+@pytest.mark.parametrize("answer", ["", " "])
+def test_an_answer_of_nothing_is_refused_by_an_encoder_decoder(answer):
+    with pytest.raises(EmptyAnswerError, match="'w1' tokenises to nothing"):
+        toy_encoder_decoder().encode([("w1", answer)])
+
+
+def test_a_decoder_needs_a_token_to_start_with():
+    model = t5()
+    model.config.decoder_start_token_id = None
+    with pytest.raises(LanguageModelError, match="T5ForConditionalGeneration has no decoder_start_token_id"):
+        LanguageModel(model, word_tokenizer(), "*.wo")
+
+
+# --- cached positions
+
+
+def mask_of(lm, pairs, layer, tokens):
+    (batch,) = lm.batches(pairs)
+    return lm.family.cached_mask(layer, batch, tokens), batch
+
+
+def test_cached_positions_of_a_decoder_and_of_a_classifier(gpt2):
+    for lm, pairs in ((gpt2, PAIRS), (toy_classifier(), [fact.pair for fact in toy_claims()])):
+        for layer in lm.layers:
+            answers, batch = mask_of(lm, pairs, layer, "answer")
+            assert torch.equal(answers, batch.answer_mask)
+            everything, batch = mask_of(lm, pairs, layer, "all")
+            assert torch.equal(everything, batch.inputs["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+@pytest.mark.parametrize(
+    ("kind", "layer", "reads"),
+    [
+        ("t5", "encoder.block.1.layer.1.DenseReluDense.wo", "encoder"),
+        ("t5", "encoder.block.0.layer.0.SelfAttention.k", "encoder"),
+        ("t5", "decoder.block.1.layer.2.DenseReluDense.wo", "decoder"),
+        ("t5", "decoder.block.1.layer.1.EncDecAttention.q", "decoder"),
+        ("t5", "decoder.block.1.layer.1.EncDecAttention.k", "encoder"),
+        ("bart", "model.encoder.layers.0.fc2", "encoder"),
+        ("bart", "model.decoder.layers.0.fc2", "decoder"),
+        ("bart", "model.decoder.layers.0.encoder_attn.out_proj", "decoder"),
+        ("bart", "model.decoder.layers.0.encoder_attn.v_proj", "encoder"),
+    ],
+)
+def test_cached_positions_of_an_encoder_decoder(kind, layer, reads, tokens):
+    lm = toy_encoder_decoder(kind=kind)
+    assert layer in linear_layers(lm.model)
+    mask, batch = mask_of(lm, [fact.pair for fact in toy_facts()], layer, tokens)
+    name = "attention_mask" if reads == "encoder" else "decoder_attention_mask"
+    assert torch.equal(mask, batch.inputs[name].bool())
+    seen = []
+    linear_layers(lm.model)[layer].register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:2]))
+    lm.answer_logits(batch)
+    assert seen == [mask.shape]  # what the layer really reads
+
+
+# --- the feed-forward network
+
+
+META = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_layer=12)),
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(n_layer=12)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(num_hidden_layers=12)),
+    "bare bert": lambda: BertModel(BertConfig(num_hidden_layers=12)),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(num_layers=12)),
+    "gated t5": lambda: T5ForConditionalGeneration(T5Config(num_layers=12, feed_forward_proj="gated-gelu")),
+    "bart": lambda: BartForConditionalGeneration(BartConfig()),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(num_hidden_layers=12)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(num_hidden_layers=12)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=12)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=12)),
+}
+
+
+@pytest.fixture(scope="module", params=list(META))
+def on_meta(request):
+    with torch.device("meta"):
+        return request.param, META[request.param]()
+
+
+def test_feed_forward_layers_by_architecture(on_meta):
+    name, model = on_meta
+    stacks = 2 if name.endswith(("t5", "bart")) else 1
+    gates = 2 if name in ("gated t5", "llama", "mistral", "qwen2", "qwen3") else 1
+    first, second = (match_layers(model, feed_forward(model, which)) for which in ("first", "second"))
+    assert len(second) == 12 * stacks and len(first) == 12 * stacks * gates
+    assert not set(first) & set(second)
+    shape = {weight_view(layer).shape for layer in second.values()}
+    assert len(shape) == 1 and {weight_view(layer).shape[::-1] for layer in first.values()} == shape
+    ((values, keys),) = shape
+    assert values < keys  # a feed-forward network is wider inside; attention's layers are square here
+    assert not any("tten" in layer for layer in [*first, *second])
+    assert set(match_layers(model, feed_forward(model, "both"))) == {*first, *second}
+    assert feed_forward(model) == feed_forward(model, "second")
+
+
+def test_last_counts_in_each_stack(on_meta):
+    name, model = on_meta
+    stacks = ["encoder", "decoder"] if name.endswith(("t5", "bart")) else [""]
+    layers = list(match_layers(model, feed_forward(model), last=3))
+    for stack in stacks:
+        numbers = [next(int(part) for part in layer.split(".") if part.isdigit()) for layer in layers if stack in layer]
+        assert numbers == [9, 10, 11]
+    assert len(layers) == 3 * len(stacks)
+
+
+def test_every_architecture_of_the_table_is_tested():
+    assert set(FEED_FORWARD) == {name.split()[-1] for name in META}
+
+
+def test_an_architecture_that_is_not_in_the_table():
+    model = make_model("gpt2")
+    model.config.model_type = "novel"
+    with pytest.raises(LayerPatternError, match="'novel' .*gpt2, gptj, bert.*give a pattern"):
+        feed_forward(model)
+
+
+@pytest.mark.parametrize("which", ["third", "", "Second"])
+def test_there_are_two_layers_to_choose_from(which):
+    with pytest.raises(LanguageModelError, match="'first', 'second' or 'both'"):
+        feed_forward(make_model("gpt2"), which)
+
+
+def test_a_near_miss_matches_only_layers_of_its_name():
+    with pytest.raises(LayerPatternError, match=r"bert\.encoder\.layer\.\*\[0-9\]\.output\.dense") as raised:
+        match_layers(bert(), "bert.encoder.layers.*.output.dense")
+    assert "layer.*.output" not in str(raised.value)
+    assert list(match_layers(bert(), "bert.encoder.layer.*[0-9].output.dense")) == [
+        f"bert.encoder.layer.{i}.output.dense" for i in (0, 1)
+    ]
 
 
 # --- fingerprints

@@ -4,19 +4,33 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from malmen_repro.facts import Fact
-from malmen_repro.language_models import LanguageModel
+from malmen_repro.language_models import LanguageModel, feed_forward
 
 WORDS = [f"w{i}" for i in range(60)]
+LABELS = ["SUPPORTS", "REFUTES"]
 
 
-def toy_tokenizer():
-    "One token a word."
+def toy_tokenizer(template=None):
+    'One token a word; a template such as "$A <end>" says which special tokens stand around a text.'
     vocabulary = {word: i for i, word in enumerate(["<end>", "<unknown>", *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
+    if template:
+        tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<end>", 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unknown>", pad_token="<end>", eos_token="<end>"
     )
@@ -53,4 +67,54 @@ def toy_facts(count=6, *, seed=0, start=0):
     return [
         Fact(f"w{i % 60} w{i // 60} {words(1, 5)}", words(1, 3), (words(2, 6), words(2, 6)), words(2, 6), words(1, 3))
         for i in range(start, start + count)
+    ]
+
+
+def toy_classifier(dtype=torch.float32, *, layers=None, last=2, seed=0, width=16):
+    "A random BERT of three blocks that judges claims."
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 2,
+        max_position_embeddings=24,
+        hidden_size=width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=24,
+        hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+        pad_token_id=0,
+        initializer_range=0.3,
+        label2id={label: i for i, label in enumerate(LABELS)},
+        id2label=dict(enumerate(LABELS)),
+    )
+    model = BertForSequenceClassification(config).to(dtype)
+    return LanguageModel(model, toy_tokenizer("<end> $A <end>"), layers or feed_forward(model), last)
+
+
+def toy_encoder_decoder(dtype=torch.float32, *, kind="t5", layers=None, last=1, seed=0, width=16):
+    "A random T5 (or BART) of two and two blocks."
+    torch.manual_seed(seed)
+    ids = {"vocab_size": len(WORDS) + 2, "d_model": width, "decoder_start_token_id": 0, "pad_token_id": 0}
+    if kind == "t5":
+        sizes = {"d_kv": width // 2, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0}
+        model = T5ForConditionalGeneration(T5Config(**ids, **sizes, eos_token_id=0))
+    else:
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0}
+        sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+        extra = {"bos_token_id": 0, "eos_token_id": 0, "forced_eos_token_id": None, "init_std": 0.3}
+        config = BartConfig(**ids, **heads, **sizes, **extra, max_position_embeddings=24)
+        model = BartForConditionalGeneration(config)
+    return LanguageModel(model.to(dtype), toy_tokenizer("$A <end>"), layers or feed_forward(model), last)
+
+
+def toy_claims(count=6, *, seed=0, start=0):
+    "Claims of ragged lengths with a label each, two phrasings and an unrelated claim."
+    generator = torch.Generator().manual_seed(seed)
+
+    def label():
+        return LABELS[int(torch.randint(2, (), generator=generator))]
+
+    return [
+        Fact(f.prompt, label(), f.equivalent_prompts, f.unrelated_prompt, label())
+        for f in toy_facts(count, seed=seed, start=start)
     ]
