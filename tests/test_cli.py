@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from malmen_repro import cli, experiments, stand_ins
+from malmen_repro import cli, experiments, records, stand_ins
+from malmen_repro.benches import load_language_model
 from malmen_repro.editors import EditorConfig, NonFiniteShiftError
 from malmen_repro.evaluation import MEASURES, evaluate
-from malmen_repro.experiments import EXPERIMENTS, EvaluationConfig, load_language_model, read_record, weights_hash
+from malmen_repro.experiments import EXPERIMENTS, EvaluationConfig
 from malmen_repro.facts import FactFileError, save_facts
+from malmen_repro.fine_tuning import FineTuningConfig
+from malmen_repro.records import read_record, weights_hash
 from malmen_repro.stand_ins import Bench
 from malmen_repro.training import TrainingConfig
 from malmen_repro.weight_shifts import WeightShift
@@ -254,7 +257,7 @@ def test_bad_facts_are_found_before_the_model_is_loaded(here, capsys, command):
         ("evaluate --model model --facts new.jsonl --shift nothing.st", "there is no shift file nothing.st"),
         ("evaluate --model model --facts new.jsonl --shift new.jsonl", "new.jsonl is damaged or not a shift file"),
         ("evaluate --model editor --facts new.jsonl", "cannot be loaded"),
-        ("reproduce scaling_decodr", "did you mean scaling_decoder?"),
+        ("reproduce scaling_decodr", "did you mean scaling_decoder"),
         ("reproduce --tier small", "give their folder with --data, or set MALMEN_DATA"),
         ("reproduce --tier small --data nowhere", "nowhere holds no folder zsre"),
         ("reproduce --tier paper", "without them there is the tiny tier"),
@@ -308,12 +311,14 @@ def toy_tier(monkeypatch, tmp_path):
     """The tiny tier with a toy for a model and no time to lose."""
     seeds = []
 
-    def tiny_bench(seed, cache_dir, progress):
+    def tiny_bench(seed, cache_dir, progress, architecture):
         seeds.append(seed)
         world = toy_facts(12, seed=1, start=20)
-        return Bench(toy_model(seed=seed), toy_facts(12), {"world": world}, {"made": "here"})
+        return Bench(toy_model(seed=seed), toy_facts(12), {"world": world, "claims": world}, {"made": "here"})
 
     def settings(tier, method, num_facts):
+        if method == "FT":
+            return FineTuningConfig(epochs=1), None
         training = TrainingConfig(num_facts=num_facts, steps=0 if "untrained" in method else 2)
         return EditorConfig(rank=4, blocks=1, learning_rate=0.01), training
 
@@ -337,8 +342,8 @@ def test_reproduce_runs_prints_and_draws(toy_tier, capsys):
     line = "reproduce scaling_decoder --seeds 2 --ms 2 4 --out there --quiet"
     assert call(line) == 0
     text = capsys.readouterr().out
-    assert "12 cells" in text and "| world | 2 | MALMEN " in text and "committed" in text
-    assert len(list(Path("there/tiny/scaling_decoder").glob("*.json"))) == 12
+    assert "16 cells" in text and "| world | 2 | MALMEN " in text and "committed" in text
+    assert len(list(Path("there/tiny/scaling_decoder").glob("*.json"))) == 16
     drawn = {path.name: path.read_bytes() for path in Path("there/figures").iterdir()}
     assert set(drawn) == {"tiny-scaling_decoder.png", "tiny-scaling_decoder.svg"}
     assert toy_tier == [0, 1]
@@ -347,9 +352,10 @@ def test_reproduce_runs_prints_and_draws(toy_tier, capsys):
     assert {path.name: path.read_bytes() for path in Path("there/figures").iterdir()} == drawn
 
 
-def test_reproduce_all_by_default_and_in_the_default_folder(toy_tier, capsys):
+def test_reproduce_all_by_default_and_in_the_default_folder(toy_tier, capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "EXPERIMENTS", dict(list(EXPERIMENTS.items())[:2]))
     assert call("reproduce --seeds 1 --ms 2 --quiet") == 0
-    for name, experiment in EXPERIMENTS.items():
+    for name, experiment in experiments.EXPERIMENTS.items():
         assert ("tiny" not in experiment.plans) or list(Path("runs/tiny", name).glob("*.json"))
 
 
@@ -360,14 +366,14 @@ def test_reproduce_shows_progress(toy_tier, capsys):
 
 def test_reproduce_beside_committed_records(toy_tier, capsys, monkeypatch):
     assert call("reproduce scaling_decoder --seeds 1 --ms 2 --out a --quiet") == 0
-    monkeypatch.setattr(experiments, "committed_records", lambda: Path("a"))
+    monkeypatch.setattr(records, "committed_records", lambda: Path("a"))
     capsys.readouterr()
     assert call("reproduce scaling_decoder --seeds 1 --ms 2 --out b --quiet") == 0
-    assert "3 of 3 cells have a committed record with the same settings" in capsys.readouterr().out
+    assert "4 of 4 cells have a committed record with the same settings" in capsys.readouterr().out
 
 
 def test_reproduce_without_a_source_tree(toy_tier, capsys, monkeypatch):
-    monkeypatch.setattr(experiments, "committed_records", lambda: None)
+    monkeypatch.setattr(records, "committed_records", lambda: None)
     assert call("reproduce scaling_decoder --seeds 1 --ms 2 --quiet") == 0
     assert "source tree, which is not here" in capsys.readouterr().out
     assert call("list") == 0 and "–" in capsys.readouterr().out
@@ -407,7 +413,7 @@ def test_reproduce_shows_what_is_done_when_a_cell_breaks_down(toy_tier, capsys, 
     monkeypatch.setattr(experiments, "run_cell", breaking)
     assert call("reproduce scaling_decoder --seeds 1 --ms 2 --quiet") == 2
     both = capsys.readouterr()
-    assert "1 of 3 cells broke down" in both.err and "| world | 2 | MALMEN " in both.out
+    assert "1 of 4 cells broke down" in both.err and "| world | 2 | MALMEN " in both.out
     assert Path("runs/figures/tiny-scaling_decoder.png").exists()
 
 
@@ -419,5 +425,7 @@ def test_list_counts_records(toy_tier, capsys):
     assert call("reproduce scaling_decoder --seeds 1 --ms 2 --quiet") == 0
     capsys.readouterr()
     assert call("list --out runs") == 0
-    row = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("| tiny"))
-    assert row.rstrip(" |").endswith("3")
+    text = capsys.readouterr().out
+    rows = text[text.index("scaling_decoder (") :].splitlines()
+    row = next(row for row in rows if row.startswith("| tiny"))
+    assert row.rstrip(" |").endswith("4")

@@ -10,11 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from malmen_repro import experiments
+from malmen_repro import benches, experiments, records
+from malmen_repro.benches import (
+    MissingDataError,
+    ModelNotFoundError,
+    UnknownTierError,
+    bench_loader,
+    check_model,
+    check_tier,
+    load_language_model,
+)
 from malmen_repro.editors import EditorConfig, NonFiniteShiftError
 from malmen_repro.evaluation import MEASURES, Scores, evaluate
 from malmen_repro.experiments import (
     EXPERIMENTS,
+    MAIN_METHODS,
     METHODS,
     TIERS,
     Bench,
@@ -22,53 +32,52 @@ from malmen_repro.experiments import (
     CellError,
     EvaluationConfig,
     ExperimentError,
-    MissingDataError,
-    ModelNotFoundError,
     Plan,
+    UnknownExperimentError,
+    cells_of,
+    condensed,
+    configuration,
+    evaluation_blocks,
+    find_experiment,
+    pooled,
+    run_cells,
+    slug,
+    trained_for,
+    training_settings,
+)
+from malmen_repro.facts import Fact, MalmenError
+from malmen_repro.figures import (
+    compare_tables,
+    draw_scaling,
+    figure_title,
+    scaling_points,
+    scaling_table,
+    shown,
+    spread_note,
+)
+from malmen_repro.records import (
     RecordConflictError,
     RecordError,
     RecordWarning,
-    UnknownExperimentError,
-    bench_loader,
-    cells_of,
-    check_model,
-    check_tier,
-    compare_tables,
-    condensed,
-    configuration,
     differences,
-    draw_scaling,
-    evaluation_blocks,
     facts_hash,
-    figure_title,
-    find_experiment,
     fingerprints,
     git_state,
-    load_language_model,
     plain,
-    pooled,
     read_record,
     read_records,
-    run_cells,
-    scaling_points,
-    scaling_table,
     sha256,
-    shown,
-    slug,
-    spread_note,
-    trained_for,
-    training_settings,
     weights_hash,
     write_record,
 )
-from malmen_repro.facts import Fact, MalmenError
 from malmen_repro.training import TrainingConfig
 from tests.toy import toy_facts, toy_model
 
+TOY_METHODS = ("MALMEN", "MEND", "MALMEN untrained")
 EVALUATION = EvaluationConfig(scored_facts=6, batch_size=4)
 
 
-def toy_bench(tier="tiny", seed=0):
+def toy_bench(tier="tiny", family="decoder", seed=0):
     return Bench(toy_model(seed=seed), toy_facts(12), {"toys": toy_facts(10, seed=1, start=20)}, {"made": "here"})
 
 
@@ -87,7 +96,7 @@ def run(cells, out, bench_for=toy_bench, settings=toy_settings, **options):
     return run_cells(cells, out, bench_for, settings=settings, **options)
 
 
-def no_bench(tier, seed):
+def no_bench(tier, family, seed):
     raise AssertionError("no bench was needed")
 
 
@@ -95,7 +104,7 @@ def no_bench(tier, seed):
 def finished(tmp_path_factory):
     """A folder with the records of two seeds, two m and all methods, and the records; not to be changed."""
     out = tmp_path_factory.mktemp("finished")
-    cells = [cell(method, m, seed) for seed in (0, 1) for m in (2, 4) for method in METHODS]
+    cells = [cell(method, m, seed) for seed in (0, 1) for m in (2, 4) for method in TOY_METHODS]
     return out, cells, run(cells, out)
 
 
@@ -111,16 +120,35 @@ def test_experiments_are_well_formed(name):
         assert cells and len({one.path for one in cells}) == len(cells)
         for one in cells:
             editor, training = training_settings(tier, one.method, one.train_num_facts)
-            assert training.num_facts == one.train_num_facts and json.dumps(configuration(one))
-            assert (training.steps == 0) == one.method.endswith("untrained")
-            assert editor.seed == training.seed == 0  # the cell's to set
+            assert json.dumps(configuration(one)) and editor.seed == 0  # the seed is the cell's to set
+            if training is not None:
+                assert training.num_facts == one.train_num_facts and training.seed == 0
+                assert (training.steps > 0) == METHODS[one.method].trained
+            assert (training is None) == (one.method == "FT")
 
 
-def test_tiny_plan_is_what_the_issue_asks_for():
-    cells = cells_of("scaling_decoder", "tiny")
-    assert {one.num_facts for one in cells} == {16, 64, 256} and {one.seed for one in cells} == {0, 1}
-    assert {one.method for one in cells} == set(METHODS)
-    assert len(cells_of("scaling_decoder", "tiny", seeds=3, num_facts=[16, 64, 256, 1024])) == 3 * 4 * 3
+def test_tiny_plan_has_a_quick_and_a_full_size():
+    quick, full = (cells_of("scaling_decoder", "tiny", full=full) for full in (False, True))
+    assert {one.num_facts for one in quick} == {16, 64} and {one.seed for one in quick} == {0}
+    assert {one.num_facts for one in full} == {16, 64, 256, 1024} and {one.seed for one in full} == {0, 1, 2}
+    assert {one.method for one in full} == set(MAIN_METHODS) and set(quick) <= set(full)
+    assert len(cells_of("scaling_decoder", "tiny", seeds=2, num_facts=[16, 256])) == 2 * 2 * 4
+
+
+def test_every_figure_and_table_of_the_paper_has_its_experiment_for_each_family():
+    figures = {experiment.figure for experiment in EXPERIMENTS.values()}
+    curves = {f"Fig. {number}" for number in range(4, 9)}
+    assert curves | {"Table 1", "Table 2", "Table 3", "Tables 4 and 5"} <= figures
+    for prefix in ("scaling", "ablations"):
+        families = {one.family for name, one in EXPERIMENTS.items() if name.startswith(prefix)}
+        assert families == set(benches.FAMILIES)
+
+
+def test_what_is_run_by_default_is_part_of_the_full_plan():
+    for name, experiment in EXPERIMENTS.items():
+        for tier in experiment.plans:
+            sizes = [{one.num_facts for one in cells_of(name, tier, full=full)} for full in (False, True)]
+            assert sizes[0] <= sizes[1] or name.startswith("ablations") or name == "failures"
 
 
 def test_small_plan_edits_all_zsre_rows_and_up_to_4096():
@@ -136,18 +164,19 @@ def test_paper_settings_are_the_papers():
     assert training.steps == math.ceil(244_173 / 512)
 
 
-def test_settings_of_a_method_go_over_those_of_all(monkeypatch):
-    table = {"all": ({"rank": 5}, {"steps": {1: 10, 100: 20}}), "MEND": ({"rank": 7}, {"meta_learning_rate": 0.5})}
-    monkeypatch.setitem(experiments.SETTINGS, "tiny", table)
+def test_settings_of_a_method_go_over_those_of_the_tier(monkeypatch):
+    monkeypatch.setitem(experiments.SETTINGS, "tiny", ({"rank": 5}, {"steps": {1: 10, 100: 20}}))
     assert training_settings("tiny", "MALMEN", 99)[0].rank == 5
-    editor, training = training_settings("tiny", "MEND", 100)
-    assert (editor.rank, training.steps, training.meta_learning_rate) == (7, 20, 0.5)
+    editor, training = training_settings("tiny", "MEND, locality 10", 100)
+    assert (editor.rank, training.steps, training.locality_coefficient) == (5, 20, 10.0)
     assert training_settings("tiny", "MALMEN", 99)[1].steps == 10
+    assert training_settings("tiny", "MALMEN, no regularisation", 99)[0].regularization == 0
+    assert training_settings("tiny", "MALMEN, all tokens", 99)[0].tokens == "all"
 
 
 def test_untrained_settings_do_not_hang_on_the_trained_ones(monkeypatch):
     before = training_settings("tiny", "MALMEN untrained", 16)
-    monkeypatch.setitem(experiments.SETTINGS, "tiny", {"all": ({"rank": 5}, {"steps": {1: 10}})})
+    monkeypatch.setitem(experiments.SETTINGS, "tiny", ({"rank": 5}, {"steps": {1: 10}}))
     assert training_settings("tiny", "MALMEN untrained", 16) == before
 
 
@@ -161,11 +190,11 @@ def test_trained_for(trained_at, m, expected):
 def test_unknown_names():
     with pytest.raises(UnknownExperimentError, match="did you mean scaling_decoder"):
         find_experiment("scaling_dekoder")
-    with pytest.raises(UnknownExperimentError, match="there are: scaling_decoder"):
+    with pytest.raises(UnknownExperimentError, match="there are: scaling_classifier"):
         find_experiment("zzz")
     with pytest.raises(UnknownExperimentError, match="no cells at the tier 'huge'"):
         cells_of("scaling_decoder", "huge")
-    with pytest.raises(UnknownExperimentError, match="no tier 'huge'"):
+    with pytest.raises(UnknownTierError, match="no tier 'huge'"):
         check_tier("huge", None)
 
 
@@ -176,7 +205,7 @@ def test_nothing_to_run(wrong):
 
 
 def test_duplicate_numbers_of_facts_count_once():
-    assert len(cells_of("scaling_decoder", "tiny", 1, [16, 16])) == 3
+    assert len(cells_of("scaling_decoder", "tiny", 1, [16, 16])) == 4
 
 
 def test_cell_path():
@@ -379,7 +408,7 @@ def test_a_record_is_what_editing_and_evaluating_by_hand_gives(tmp_path):
     one = cell("MEND", 3)
     (record,) = run([one], tmp_path)
     bench, (editor_config, training) = toy_bench(), toy_settings("tiny", "MEND", 3)
-    editor = experiments.EDITORS["MEND"](bench.lm, editor_config)
+    editor = METHODS["MEND"].editor(bench.lm, editor_config)
     editor.train(bench.train_facts, config=training, progress=False)
     blocks = evaluation_blocks(bench.eval_facts["toys"], 3, 0, 6)
     assert record["blocks"] == [3, 3]
@@ -391,7 +420,7 @@ def test_a_record_is_what_editing_and_evaluating_by_hand_gives(tmp_path):
 def test_facts_without_unrelated_tuples_are_null_not_zero(tmp_path):
     bare = [replace(fact, unrelated_prompt=None, unrelated_answer=None) for fact in toy_facts(8, start=20)]
     bench = Bench(toy_model(), toy_facts(6), {"toys": bare}, {})
-    (record,) = run([cell()], tmp_path, lambda tier, seed: bench)
+    (record,) = run([cell()], tmp_path, lambda tier, family, seed: bench)
     assert record["scores"]["LS"] == {"mean": None, "interval": [None, None], "facts": 0}
     assert set(record["per_fact"]["LS"]) == {None}
     assert "–" in scaling_table([record])
@@ -419,9 +448,9 @@ def test_only_missing_cells_run_and_come_out_the_same(tmp_path):
 def test_one_bench_serves_all_cells_of_a_seed(tmp_path):
     built = []
 
-    def bench_for(tier, seed):
+    def bench_for(tier, family, seed):
         built.append(seed)
-        return toy_bench(tier, seed)
+        return toy_bench(tier, family, seed)
 
     run([cell("MALMEN untrained", m, seed) for m in (2, 3) for seed in (1, 0)], tmp_path, bench_for)
     assert built == [0, 1]
@@ -460,7 +489,7 @@ def test_records_of_another_bench_are_refused(finished, tmp_path, change):
         "eval_facts": replace(bench, eval_facts={"toys": toy_facts(10, seed=2, start=20)}),
     }[change]
     with pytest.raises(RecordConflictError, match=change):
-        run(cells[:2], tmp_path, lambda tier, seed: other)
+        run(cells[:2], tmp_path, lambda tier, family, seed: other)
     assert not (tmp_path / cells[1].path).exists()
 
 
@@ -528,10 +557,10 @@ def test_one_editor_serves_several_sets_and_m(tmp_path, monkeypatch):
     trained = []
     real = experiments._train
     monkeypatch.setattr(experiments, "_train", lambda *args: trained.append(1) or real(*args))
-    records = run(cells, tmp_path, lambda tier, seed: bench)
+    records = run(cells, tmp_path, lambda tier, family, seed: bench)
     assert len(trained) == 1 and len({json.dumps(record["learned"]) for record in records}) == 1
     assert len({record["hash"] for record in records}) == 4
-    run(cells, tmp_path, lambda tier, seed: bench, fresh=True)
+    run(cells, tmp_path, lambda tier, family, seed: bench, fresh=True)
     assert len(trained) == 2  # once more in a fresh run, not once a cell
 
 
@@ -539,7 +568,7 @@ def test_an_editor_of_another_model_is_not_reused(tmp_path):
     one = cell("MALMEN untrained")
     run([one], tmp_path)
     (tmp_path / one.path).unlink()
-    run([one], tmp_path, lambda tier, seed: toy_bench(seed=7))
+    run([one], tmp_path, lambda tier, family, seed: toy_bench(seed=7))
     assert len(list((tmp_path / "editors").iterdir())) == 2
 
 
@@ -620,10 +649,10 @@ def test_spread_note():
 
 
 def test_scaling_table_in_the_order_of_m_and_methods():
-    records = [fake(method, m, seed, 0.5) for m in (256, 16) for method in METHODS[::-1] for seed in (1, 0)]
+    records = [fake(method, m, seed, 0.5) for m in (256, 16) for method in TOY_METHODS[::-1] for seed in (1, 0)]
     rows = scaling_table(records).splitlines()
     assert rows[0].startswith("| set") and [row.split("|")[2:4] for row in rows[2:8]] == [
-        [f" {m} ".ljust(5), f" {method} ".ljust(18)] for m in (16, 256) for method in METHODS
+        [f" {m} ".ljust(5), f" {method} ".ljust(18)] for m in (16, 256) for method in TOY_METHODS
     ]
     assert "50.0 ± 0.0" in rows[2] and "90.0 ± 0.0" in rows[2]
     assert rows[-1] == "Per cent, mean ± standard deviation over 2 seeds."
@@ -642,11 +671,12 @@ def test_compare_tables():
 
 
 def test_read_records(finished, tmp_path):
-    out, cells, records = finished
+    out, cells, made = finished
     found = read_records(out, "toy", "tiny")
-    assert len(found) == len(records)
+    assert len(found) == len(made)
     assert read_records(out, "toy", "small") == read_records(tmp_path, "toy", "tiny") == []
-    assert [record["configuration"]["cell"]["num_facts"] for record in found] == [2] * 6 + [4] * 6
+    cells = [record["configuration"]["cell"] for record in found]
+    assert [one["num_facts"] for one in cells if one["method"] == "MEND"] == [2, 2, 4, 4]
     (tmp_path / "tiny" / "toy").mkdir(parents=True)
     (tmp_path / "tiny" / "toy" / "x.json").write_text("{")
     with pytest.raises(RecordError, match="x.json is damaged"):
@@ -666,7 +696,7 @@ def test_a_figure_is_drawn_from_records_alone_and_is_deterministic(finished, tmp
 
 
 def test_figure_says_tier_model_and_seeds():
-    grid = itertools.product(METHODS, (16, 1037), (0, 1), ("a", "b"))
+    grid = itertools.product(TOY_METHODS, (16, 1037), (0, 1), ("a", "b"))
     records = [fake(method, m, seed, 0.5, name) for method, m, seed, name in grid]
     figure = draw_scaling(records)
     title = figure.get_suptitle()
@@ -699,7 +729,7 @@ def test_a_method_nobody_knows_is_drawn_too():
 
 
 def test_committed_records_are_whole_and_fit_the_table():
-    folder = experiments.committed_records()
+    folder = records.committed_records()
     for name in EXPERIMENTS:
         for tier in TIERS if folder else ():
             for record in read_records(folder, name, tier):
@@ -744,7 +774,7 @@ def test_tiers_without_data_fail_at_once(tier, tmp_path):
     with pytest.raises(MissingDataError, match="MALMEN_DATA.*--tier tiny"):
         check_tier(tier, None)
     with pytest.raises(MissingDataError, match="no folder zsre"):
-        bench_loader(tmp_path, tmp_path)(tier, 0)
+        bench_loader(tmp_path, tmp_path)(tier, "decoder", 0)
 
 
 def test_tiny_tier_needs_nothing():
@@ -769,15 +799,15 @@ def test_paper_tier_without_the_hub_says_what_can_be_run(tmp_path):
 
 
 def test_paper_tier_takes_no_smaller_data_for_the_published(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "check_model", lambda name: None)
-    monkeypatch.setattr(experiments, "load_language_model", lambda name, last: toy_model())
+    monkeypatch.setattr(benches, "check_model", lambda name: None)
+    monkeypatch.setattr(benches, "load_language_model", lambda name, last: toy_model())
     (tmp_path / "zsre").mkdir()
     for split in ("train", "eval"):
         (tmp_path / "zsre" / f"{split}.jsonl").write_text("".join(json.dumps(zsre_row(i)) + "\n" for i in range(5)))
     with pytest.raises(MissingDataError, match="holds 5 facts"):
-        experiments.paper_bench(tmp_path)
-    monkeypatch.setattr(experiments, "ZSRE_TRAIN", 5)
-    bench = bench_loader(tmp_path, tmp_path)("paper", 0)
+        benches.paper_bench(tmp_path)
+    monkeypatch.setattr(benches, "ZSRE_TRAIN", 5)
+    bench = bench_loader(tmp_path, tmp_path)("paper", "decoder", 0)
     assert len(bench.eval_facts["zsre"]) == 5 and bench.provenance["facts"]["train"]["facts"] == 5
     assert bench.train_facts[0].answer == "w2"  # the correct one, section 5.1
 
@@ -787,13 +817,13 @@ def test_bench_loader_remembers_the_last_bench(monkeypatch, tmp_path):
 
     built = []
 
-    def tiny_bench(seed, cache_dir, progress):
+    def tiny_bench(seed, cache_dir, progress, architecture):
         built.append(seed)
         return toy_bench(seed=seed)
 
     monkeypatch.setattr(stand_ins, "tiny_bench", tiny_bench)
     bench_for = bench_loader(None, tmp_path, progress=False)
-    assert bench_for("tiny", 0) is bench_for("tiny", 0) is not bench_for("tiny", 1)
+    assert bench_for("tiny", "decoder", 0) is bench_for("tiny", "decoder", 0) is not bench_for("tiny", "decoder", 1)
     assert built == [0, 1]
 
 
@@ -802,11 +832,11 @@ def test_small_and_paper_tier_share_one_model_among_seeds(monkeypatch, tmp_path)
 
     built = []
 
-    def small_bench(data_dir, cache_dir, seed, progress):
+    def small_bench(data_dir, cache_dir, seed, progress, architecture):
         built.append(seed)
         return toy_bench()
 
     monkeypatch.setattr(small_stand_in, "small_bench", small_bench)
     (tmp_path / "zsre").mkdir()
     bench_for = bench_loader(tmp_path, tmp_path, progress=False)
-    assert bench_for("small", 0) is bench_for("small", 3) and built == [0]
+    assert bench_for("small", "decoder", 0) is bench_for("small", "decoder", 3) and built == [0]
