@@ -3,17 +3,20 @@
 import json
 import lzma
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 
 import pytest
 import torch
 
 from malmen_repro.facts import Fact, FactError, FactFileError, check_facts
-from malmen_repro.language_models import EncodedPair, LanguageModel
+from malmen_repro.language_models import EncodedPair
 from malmen_repro.small_stand_in import (
+    ARCHITECTURES,
     ShuffledRows,
     SmallConfig,
+    SmallCurriculum,
+    SmallGPTJConfig,
     SmallRun,
     StandInError,
     by_length,
@@ -23,16 +26,24 @@ from malmen_repro.small_stand_in import (
     halves,
     knowledge,
     known_questions,
+    question_lessons,
+    small_bench,
+    small_config,
     small_model,
     small_tier_data,
     train_small_language_model,
     unambiguous,
     warm_cosine,
     what_it_should_know,
+    wrapped,
 )
+from malmen_repro.stand_ins import digest
 
-CONFIG = SmallConfig(layers=1, width=32, heads=2, vocabulary=400, known=12, steps=12, nq_rows=8, known_rows=8,
-                     corpus_rows=4, learning_rate=2e-3, warmup=4)
+SIZES = dict(layers=1, width=32, heads=2, vocabulary=400, steps=12, learning_rate=2e-3, warmup=4)
+ROWS = dict(known=12, nq_rows=8, known_rows=8, corpus_rows=4)
+CONFIG = SmallConfig(**SIZES, **ROWS)
+CONFIGS = {"gpt2": CONFIG, "gptj": SmallGPTJConfig(**SIZES, **ROWS, rotary=8)}
+EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def write(path, rows):
@@ -76,7 +87,7 @@ def tokenizer(folder):
 
 
 def fresh(tokenizer, config=CONFIG):
-    return LanguageModel(small_model(config, tokenizer), tokenizer)
+    return wrapped(small_model(config, tokenizer), tokenizer, config)
 
 
 def prompts(facts):
@@ -181,6 +192,10 @@ def test_shuffled_rows():
     assert [rows[i] for i in (7, 2, 17, 7)] == [seen[i] for i in (7, 2, 17, 7)]
 
 
+def test_by_length_without_rows():
+    assert by_length([], 3, random.Random(0)) == [[], [], []]
+
+
 @pytest.mark.parametrize("count,size", [(1, 12), (3, 4), (12, 1)])
 def test_by_length(count, size):
     rows = [EncodedPair((1,) * random.Random(i).randint(1, 9), (i,)) for i in range(12)]
@@ -205,8 +220,9 @@ def options(**more):
     return dict(config=CONFIG, device="cpu", progress=False, save_every=0.0) | more
 
 
-def test_stopped_and_continued_is_the_same_as_straight(folder, tmp_path, monkeypatch):
-    straight, tokenizer = train_small_language_model(folder, tmp_path / "straight", **options())
+@EACH
+def test_stopped_and_continued_is_the_same_as_straight(folder, tmp_path, monkeypatch, config):
+    straight, tokenizer = train_small_language_model(folder, tmp_path / "straight", **options(config=config))
     advance = SmallRun.advance
 
     def stop(run, *args):
@@ -216,10 +232,10 @@ def test_stopped_and_continued_is_the_same_as_straight(folder, tmp_path, monkeyp
 
     monkeypatch.setattr(SmallRun, "advance", stop)
     with pytest.raises(KeyboardInterrupt):
-        train_small_language_model(folder, tmp_path / "stopped", **options())
+        train_small_language_model(folder, tmp_path / "stopped", **options(config=config))
     monkeypatch.setattr(SmallRun, "advance", advance)
-    continued, _ = train_small_language_model(folder, tmp_path / "stopped", **options())
-    loaded, again = train_small_language_model(folder, tmp_path / "straight", **options())
+    continued, _ = train_small_language_model(folder, tmp_path / "stopped", **options(config=config))
+    loaded, again = train_small_language_model(folder, tmp_path / "straight", **options(config=config))
     for other in (continued, loaded):
         for one, two in zip(straight.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=1e-2)
@@ -228,13 +244,19 @@ def test_stopped_and_continued_is_the_same_as_straight(folder, tmp_path, monkeyp
     record = json.loads((tmp_path / "straight/record.json").read_text())
     assert record["tier"] == "small" and record["config"]["steps"] == 12 and record["epochs"]["nq_train"] == 3
     assert record["sizes"]["known_facts"] == 12 and record["parameters"] == straight.num_parameters()
-    LanguageModel(loaded, again).encode([("Where was Ada Ash born?", "Arden")])
+    wrapped(loaded, again, config).encode([("Where was Ada Ash born?", "Arden")])
 
 
 def test_a_folder_of_another_configuration_is_refused(folder, tmp_path):
     train_small_language_model(folder, tmp_path, **options())
     with pytest.raises(StandInError, match="learning_rate"):
         train_small_language_model(folder, tmp_path, **options(config=replace(CONFIG, learning_rate=1e-3)))
+    other = CONFIGS["gptj"]
+    with pytest.raises(StandInError, match="architecture"):
+        train_small_language_model(folder, tmp_path, **options(config=other))
+    train_small_language_model(folder, tmp_path / "other", **options(config=other))
+    with pytest.raises(StandInError, match="architecture"):
+        train_small_language_model(folder, tmp_path / "other", **options())
     (tmp_path / "record.json").unlink()
     with pytest.raises(StandInError, match="checkpoint.pt"):
         train_small_language_model(folder, tmp_path, **options(config=replace(CONFIG, learning_rate=1e-3)))
@@ -247,6 +269,64 @@ def test_a_loss_that_is_not_finite_is_an_error(tokenizer, tmp_path):
         lm.model.transformer.wte.weight[3] = float("nan")
     with pytest.raises(StandInError, match="step 0"):
         run.advance([EncodedPair((3, 4), (5,))], [EncodedPair((3,), (4, 5))])
+
+
+# ---- architectures
+def test_the_first_stand_in_is_the_one_that_records_stand_on():
+    assert digest(asdict(SmallConfig())) == "6ad4e578395c" and small_config("gpt2") == SmallConfig()
+
+
+def test_an_architecture_that_is_not_there():
+    with pytest.raises(StandInError, match="gpt2, gptj"):
+        small_config("gpt3")
+
+
+@EACH
+def test_model_of_each_architecture(tokenizer, config):
+    config = replace(config, layers=3)
+    lm, again = fresh(tokenizer, config), fresh(tokenizer, config)
+    assert lm.model.config.model_type == config.architecture
+    assert all(map(torch.equal, lm.model.parameters(), again.model.parameters()))
+    stacks = 2 if config.architecture == "t5" else 1
+    assert len(lm.layers) == 2 * stacks and len(set(lm.shapes.values())) == 1
+    [(value_size, key_size)] = set(lm.shapes.values())
+    assert value_size == config.width < key_size
+
+
+@EACH
+def test_curriculum_of_each_architecture(folder, config):
+    lessons = ARCHITECTURES[config.architecture].lessons(folder, config)
+    tokenizer = byte_pair_tokenizer(lessons.texts, 400)
+    lm = fresh(tokenizer, config)
+    curriculum = SmallCurriculum(lessons, lm, config)
+    questions, sentences = curriculum[60]
+    assert (questions, sentences) == SmallCurriculum(lessons, lm, config)[60] != curriculum[61]
+    assert len(questions) == sum(count for _, count in lessons.sources.values())
+    assert len(sentences) == (config.corpus_rows if lessons.sentences else 0)
+    assert set(lessons.watched) <= set(lessons.checks)
+
+
+@EACH
+def test_bench_of_each_architecture(folder, tmp_path, config):
+    bench = small_bench(folder, tmp_path, progress=False, config=config)
+    assert bench.provenance["config"]["seed"] == 0 and bench.provenance["accuracy"]
+    assert (tmp_path / f"small-{digest(asdict(config))}" / "record.json").exists()
+    for facts in (bench.train_facts, *bench.eval_facts.values()):
+        check_facts(facts)
+        assert all(fact.unrelated_pair for fact in facts)
+        knowledge(bench.lm, {"all": [pair for f in facts for pair in (f.pair, *f.equivalent_pairs, f.unrelated_pair)]})
+
+
+def test_questions_are_learned_with_their_end(folder, tokenizer):
+    lm, lessons = fresh(tokenizer), question_lessons(folder, CONFIG)
+    questions, sentences = SmallCurriculum(lessons, lm, CONFIG)[0]
+    assert {row.answer[-1] for row in questions} == {tokenizer.eos_token_id}
+    assert all(len(row.prompt) == 1 and len(row.answer) < CONFIG.corpus_length for row in sentences)
+
+
+def test_a_step_without_sentences(tokenizer, tmp_path):
+    run = SmallRun(tmp_path / "checkpoint.pt", fresh(tokenizer), CONFIG)
+    assert run.advance([EncodedPair((3, 4), (5,))], [])[1] == 0.0 and run.tokens == 3
 
 
 def test_learning(tokenizer, tmp_path):
