@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 
 from .benches import TIERS, ZSRE_TRAIN, BenchFor
 from .editors import MALMEN, MEND, Editor, EditorConfig
-from .evaluation import Scores, answer_predictions, evaluate
-from .facts import Fact, MalmenError, pair_unrelated
+from .evaluation import Scores, answer_predictions, evaluate, share
+from .facts import Fact, MalmenError, Pair, pair_unrelated
 from .fine_tuning import FineTuning, FineTuningConfig, fine_tuned
 from .keys_and_gradients import KeysAndGradients
 from .language_models import LanguageModel, feed_forward
@@ -506,9 +506,9 @@ def residual_means(
 def _fit(shift: torch.Tensor, tokens: KeysAndGradients, wanted: torch.Tensor) -> dict[str, float]:
     "Mean residual, and the mean share of a token's value difference that survives."
     got = tokens.keys.double() @ shift.double().T
-    share = (got * wanted.double()).sum(-1) / wanted.double().square().sum(-1)
+    survives = (got * wanted.double()).sum(-1) / wanted.double().square().sum(-1)
     missed = residuals(shift, tokens.keys, wanted)
-    return {"residual": missed.nanmean().item(), "share": share.nanmean().item(), "tokens": len(missed)}
+    return {"residual": missed.nanmean().item(), "share": survives.nanmean().item(), "tokens": len(missed)}
 
 # %% ../nbs/15_experiments.ipynb #b026c2c2
 FAILURES = 8  # kept of each kind: enough for a table
@@ -528,28 +528,46 @@ def failure_cases(
     block: Sequence[Fact],  # edited at once
     shift: WeightShift,
     batch_size: int,
-) -> dict[str, list[dict[str, str]]]:  # "edits" and "unrelated", at most `FAILURES` of each
+) -> dict[str, Any]:  # "edits" and "unrelated", at most `FAILURES` rows of each, and "counts" of all
     "Tables 4 and 5: facts whose edit or first equivalent tuple fails, and unrelated tuples that are lost."
-    asked = [(fact, fact.pair, fact.equivalent_pairs[0]) for fact in block if fact.equivalent_pairs]
-    with shift.applied(lm):
-        edits, wanted = answer_predictions(lm, [pair for _, pair, _ in asked], batch_size)
-        others, _ = answer_predictions(lm, [pair for _, _, pair in asked], batch_size)
-    answers = lambda a, b: {"answer": said(lm, a), "equivalent answer": said(lm, b)}  # noqa: E731
-    wrong = [
-        {"prompt": pair[0], "equivalent prompt": other[0], "target": pair[1], **answers(a, b)}
-        for (_, pair, other), a, b, right in zip(asked, edits, others, wanted, strict=True)
-        if a != right or b != right
-    ]
+    asked = [(fact.pair, fact.equivalent_pairs[0]) for fact in block if fact.equivalent_pairs]
     unrelated = [fact.unrelated_pair for fact in block if fact.unrelated_pair]
-    before, wanted = answer_predictions(lm, unrelated, batch_size)
+    before, _ = answer_predictions(lm, unrelated, batch_size)
     with shift.applied(lm):
-        after, _ = answer_predictions(lm, unrelated, batch_size)
-    lost = [
-        {"prompt": prompt, "target": answer, "before": said(lm, a), "after": said(lm, b)}
-        for (prompt, answer), a, b, right in zip(unrelated, before, after, wanted, strict=True)
-        if a == right != b
-    ]
-    return {"edits": wrong[:FAILURES], "unrelated": lost[:FAILURES], "counts": [len(wrong), len(lost), len(block)]}
+        edits, wanted = answer_predictions(lm, [pair for pair, _ in asked], batch_size)
+        others, _ = answer_predictions(lm, [pair for _, pair in asked], batch_size)
+        after, right = answer_predictions(lm, unrelated, batch_size)
+    wrong = [row for row in zip(asked, edits, others, wanted, strict=True) if not row[1] == row[2] == row[3]]
+    lost = [row for row in zip(unrelated, before, after, right, strict=True) if row[1] == row[3] != row[2]]
+    return {
+        "edits": [_edit_row(lm, *row[:3]) for row in wrong[:FAILURES]],
+        "unrelated": [
+            {"prompt": pair[0], "target": pair[1], "before": said(lm, a), "after": said(lm, b)}
+            for pair, a, b, _ in lost[:FAILURES]
+        ],
+        "counts": {"facts": len(asked), "unrelated": len(unrelated), "lost": len(lost), **_kinds(wrong)},
+    }
+
+
+def _edit_row(lm: LanguageModel, pairs: tuple[Pair, Pair], edit: list[int], other: list[int]) -> dict[str, str]:
+    "A row of Table 4."
+    (prompt, target), (equivalent, _) = pairs
+    texts = {"prompt": prompt, "equivalent prompt": equivalent, "target": target}
+    return {**texts, "answer": said(lm, edit), "equivalent answer": said(lm, other)}
+
+
+def _kinds(wrong: Sequence[tuple]) -> dict[str, Any]:
+    "What A.8 says of the failures, counted."
+    edit_wrong = [(edit, other, wanted) for _, edit, other, wanted in wrong if edit != wanted]
+    longer = [(edit, wanted) for edit, _, wanted in edit_wrong if len(wanted) > 1]
+    return {
+        "edit or equivalent wrong": len(wrong),
+        "edit wrong": len(edit_wrong),
+        "equivalent wrong in the same way": sum(edit == other for edit, other, _ in edit_wrong),
+        "equivalent right": sum(other == wanted for _, other, wanted in edit_wrong),
+        "wrong answers of several tokens": len(longer),
+        "share of their tokens that is right": statistics.fmean(share(*pair) for pair in longer) if longer else None,
+    }
 
 
 def sequence_success(

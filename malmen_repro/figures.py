@@ -386,8 +386,10 @@ def failure_table(
     mark = lambda answer, target: f"{answer} {'✓' if answer == target else '✗'}"  # noqa: E731
     edits = [row for r in records for block in r["extra"]["failures"] for row in block["edits"]][:limit]
     lost = [row for r in records for block in r["extra"]["failures"] for row in block["unrelated"]][:limit]
-    counts = [block["counts"] for r in records for block in r["extra"]["failures"]]
-    wrong, gone, total = (sum(count[i] for count in counts) for i in range(3))
+    total, wrong, gone = (
+        sum(block["counts"][name] for r in records for block in r["extra"]["failures"])
+        for name in ("facts", "edit or equivalent wrong", "lost")
+    )
     first = [
         [f"{r['prompt']} / {r['equivalent prompt']}", r["target"],
          f"{mark(r['answer'], r['target'])} / {mark(r['equivalent answer'], r['target'])}"]
