@@ -10,8 +10,9 @@ import torch
 from malmen_repro import paper_models
 from malmen_repro.editors import MALMEN, EditorConfig
 from malmen_repro.facts import MalmenError
+from malmen_repro.fine_tuning import fine_tuned_layers
 from malmen_repro.keys_and_gradients import capture
-from malmen_repro.language_models import FAMILIES, LanguageModel, family_of
+from malmen_repro.language_models import FAMILIES, LanguageModel, family_of, match_layers
 from malmen_repro.paper_models import (
     HYPER_PARAMETERS,
     PAPER_MODELS,
@@ -187,6 +188,13 @@ def test_edited_layers(name, shape, layers, skeletons):
 )
 def test_tuned_layers(name, layers, skeletons):
     assert list(tuned_layers(name, skeletons[name])) == layers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tuned_layers_are_those_of_the_fine_tuning_room(name, skeletons):
+    assert list(match_layers(skeletons[name], *fine_tuned_layers(skeletons[name]))) == list(
+        tuned_layers(name, skeletons[name])
+    )
 
 
 # --- random models and tokenizers
