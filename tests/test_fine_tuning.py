@@ -67,8 +67,8 @@ def trained_weights(lm, facts, config, logits_of=all_logits):
 
 
 @pytest.mark.parametrize("options", [{}, {"layers": FFN[1], "last": 1}, {"layers": FFN[0], "last": 2}], ids=str)
-@pytest.mark.parametrize("decay", [0.0, 5e-4, 0.3])
-@pytest.mark.parametrize(("count", "mini"), [(1, 5), (5, 5), (13, 5), (3, 1), (7, 100)])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize(("count", "mini"), [(1, 5), (5, 5), (12, 5), (3, 1)])
 def test_the_shift_is_what_adamw_does_to_the_weights(count, mini, decay, options):
     lm, facts = toy(**options), toy_facts(count)
     config = replace(CONFIG, weight_decay=decay, batch_size=mini, seed=count)
