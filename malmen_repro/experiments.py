@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .benches import TIERS, ZSRE_TRAIN, BenchFor
+from .benches import TIERS, TRAIN_FACTS, BenchFor
 from .editors import MALMEN, MEND, Editor, EditorConfig
 from .evaluation import Scores, answer_predictions, evaluate, share
 from .facts import Fact, MalmenError, Pair, pair_unrelated
@@ -156,6 +156,7 @@ def _scaling(title: str, figure: str, family: str, paper: dict, small: Plan | No
     if small is not None:
         plans["small"] = small
     plans["paper"] = Plan(paper, seeds=3)
+    plans["shapes"] = Plan({"world": (64,)}, 1, ("MALMEN",), full_num_facts={"world": (64, 512)}, full_seeds=1)
     about = "ES, GS and LS of MALMEN, MEND, FT and untrained MALMEN against the number of facts edited at once."
     return Experiment(f"Scaling with the number of facts, {title}", figure, family, about, plans)
 
@@ -312,9 +313,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "lm_batch_size": 128,
         },
     ),
-    "paper": ({}, {"steps": {2**k: math.ceil(ZSRE_TRAIN / 2**k) for k in range(4, 15)}}),
+    "paper": ({}, {"steps": {2**k: math.ceil(TRAIN_FACTS["zsre"] / 2**k) for k in range(4, 15)}}),
+    "shapes": ({}, {"steps": 3}),  # enough to time a step
 }
-FINE_TUNING: dict[str, dict[str, Any]] = {"tiny": {}, "small": {}, "paper": {}}  # tier -> fields of FineTuningConfig
+FINE_TUNING: dict[str, dict[str, Any]] = {  # tier -> fields of FineTuningConfig
+    "tiny": {"learning_rate": 2e-4, "epochs": 20},  # the best of a grid on training facts of the decoder, notebook 10
+    "small": {}, "paper": {}, "shapes": {},  # the paper's: 5e-4 and 5 epochs
+}
 
 
 def at(

@@ -6,7 +6,8 @@
 __all__ = ['PAPER_MEASURES', 'PALETTE', 'MARKERS', 'ROW_NAMES', 'OWN_WAY', 'SHOWN_AS', 'in_order', 'scaling_points', 'spread',
            'shown', 'markdown_table', 'spread_note', 'scaling_table', 'compare_tables', 'figure_title', 'save_figure',
            'panels', 'draw_scaling', 'logarithmic_axis', 'variants_table', 'mean_of', 'residual_points',
-           'residual_table', 'draw_residuals', 'sequence_points', 'sequence_table', 'failure_table', 'table_of', 'draw']
+           'residual_table', 'draw_residuals', 'sequence_points', 'sequence_table', 'failure_table', 'table_of', 'draw',
+           'committed_figure', 'mean_at']
 
 # %% ../nbs/16_figures.ipynb #4dcb2d0d
 import math
@@ -431,3 +432,32 @@ def draw(
     if picture is not None:
         picture(records, path)
     return picture is not None
+
+# %% ../nbs/16_figures.ipynb #b0d33eb9
+def committed_figure(
+    experiment: str,
+    tier: str,
+) -> tuple[list[dict[str, Any]], Path | None]:  # records, and the PNG if there are records and a picture
+    "The committed records of an experiment, and their picture in figures/, drawn anew."
+    folder = committed_records()
+    records = read_records(folder, experiment, tier) if folder else []
+    path = folder.parent / "figures" / f"{tier}-{experiment}" if folder else Path(f"{tier}-{experiment}")
+    drawn = bool(records) and draw(experiment, records, path)
+    return records, path.with_name(path.name + ".png") if drawn else None
+
+
+def mean_at(
+    records: Sequence[dict[str, Any]],
+    method: str,
+    num_facts: int,  # m
+    data_set: str | None = None,  # None if there is one
+) -> dict[str, float]:  # ES, GS, LS, LS before: means over seeds
+    "One place on a curve. Raises `RecordError` if it is not there, or in more than one set."
+    found = [
+        point
+        for point in scaling_points(records)
+        if (point["method"], point["num_facts"]) == (method, num_facts) and data_set in (None, point["data_set"])
+    ]
+    if len(found) != 1:
+        raise RecordError(f"{len(found)} places have {method} at m = {num_facts}" + f" in {data_set}" * bool(data_set))
+    return {name: found[0][name][0] for name in (*PAPER_MEASURES, "LS before")}

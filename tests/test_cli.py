@@ -259,7 +259,7 @@ def test_bad_facts_are_found_before_the_model_is_loaded(here, capsys, command):
         ("evaluate --model editor --facts new.jsonl", "cannot be loaded"),
         ("reproduce scaling_decodr", "did you mean scaling_decoder"),
         ("reproduce --tier small", "give their folder with --data, or set MALMEN_DATA"),
-        ("reproduce --tier small --data nowhere", "nowhere holds no folder zsre"),
+        ("reproduce --tier small --data nowhere", "nowhere holds no folder"),
         ("reproduce --tier paper", "without them there is the tiny tier"),
     ],
 )

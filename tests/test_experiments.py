@@ -800,13 +800,13 @@ def test_paper_tier_without_the_hub_says_what_can_be_run(tmp_path):
 
 def test_paper_tier_takes_no_smaller_data_for_the_published(tmp_path, monkeypatch):
     monkeypatch.setattr(benches, "check_model", lambda name: None)
-    monkeypatch.setattr(benches, "load_language_model", lambda name, last: toy_model())
+    monkeypatch.setattr(benches, "paper_model", lambda name, source: toy_model())
     (tmp_path / "zsre").mkdir()
     for split in ("train", "eval"):
         (tmp_path / "zsre" / f"{split}.jsonl").write_text("".join(json.dumps(zsre_row(i)) + "\n" for i in range(5)))
     with pytest.raises(MissingDataError, match="holds 5 facts"):
         benches.paper_bench(tmp_path)
-    monkeypatch.setattr(benches, "ZSRE_TRAIN", 5)
+    monkeypatch.setitem(benches.TRAIN_FACTS, "zsre", 5)
     bench = bench_loader(tmp_path, tmp_path)("paper", "decoder", 0)
     assert len(bench.eval_facts["zsre"]) == 5 and bench.provenance["facts"]["train"]["facts"] == 5
     assert bench.train_facts[0].answer == "w2"  # the correct one, section 5.1
