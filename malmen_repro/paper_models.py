@@ -68,17 +68,17 @@ class PaperModel:
 FEVER_LABELS = {"id2label": {0: "REFUTES", 1: "SUPPORTS"}, "label2id": {"REFUTES": 0, "SUPPORTS": 1}}
 GPT2_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 BERT_SIZES = {
-    **{"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-    **{"intermediate_size": 3072, "max_position_embeddings": 512},
+    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "max_position_embeddings": 512,
 }
 T5_XL_SIZES = {
-    **{"vocab_size": 32128, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32, "num_layers": 24},
-    **{"num_decoder_layers": 24, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-    **{"decoder_start_token_id": 0},
+    "vocab_size": 32128, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32, "num_layers": 24,
+    "num_decoder_layers": 24, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    "decoder_start_token_id": 0,
 }
 GPTJ_SIZES = {
-    **{"vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64},
-    **{"tie_word_embeddings": False},
+    "vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64,
+    "tie_word_embeddings": False,
 }
 
 # %% ../nbs/18_paper_models.ipynb #f4fabd24
@@ -91,32 +91,28 @@ ZSRE = {"facts": "zsRE", "unrelated": "NQ"}
 FEVER = {"facts": "FEVER", "unrelated": "FEVER2"}
 PAPER_MODELS: dict[str, PaperModel] = {
     "BERT-base": PaperModel(
-        **{"hub": "google-bert/bert-base-uncased", "family": "encoder-classifier", "model_type": "bert"},
-        **{"sizes": BERT_SIZES | FEVER_LABELS, "size_in_paper": "110M", "parameters": 109_483_778},
-        **{"last": 6, "tuned": "both", "tuned_last": 3},
-        **{"num_facts": powers(4, 12), "figure": "Fig. 4", **FEVER},
-        dtype=torch.float32,
+        hub="google-bert/bert-base-uncased", family="encoder-classifier", model_type="bert",
+        sizes=BERT_SIZES | FEVER_LABELS, size_in_paper="110M", parameters=109_483_778,
+        last=6, tuned="both", tuned_last=3,
+        num_facts=powers(4, 12), figure="Fig. 4", **FEVER, dtype=torch.float32,
     ),
     "GPT-2": PaperModel(
-        **{"hub": "openai-community/gpt2", "family": "decoder", "model_type": "gpt2"},
-        **{"sizes": GPT2_SIZES, "size_in_paper": "124M", "parameters": 124_439_808},
-        **{"last": 6, "tuned": "both", "tuned_last": 3},
-        **{"num_facts": powers(6, 12), "figure": "Fig. 5", **ZSRE},
-        dtype=torch.float32,
+        hub="openai-community/gpt2", family="decoder", model_type="gpt2",
+        sizes=GPT2_SIZES, size_in_paper="124M", parameters=124_439_808,
+        last=6, tuned="both", tuned_last=3,
+        num_facts=powers(6, 12), figure="Fig. 5", **ZSRE, dtype=torch.float32,
     ),
     "T5-XL": PaperModel(
-        **{"hub": "google/t5-xl-ssm-nq", "family": "encoder-decoder", "model_type": "t5"},
-        **{"sizes": T5_XL_SIZES, "size_in_paper": "2.8B", "parameters": 2_849_757_184},
-        **{"last": 3, "tuned": "both", "tuned_last": 2},
-        **{"num_facts": powers(8, 14), "figure": "Fig. 6", **ZSRE},
-        dtype=torch.bfloat16,
+        hub="google/t5-xl-ssm-nq", family="encoder-decoder", model_type="t5",
+        sizes=T5_XL_SIZES, size_in_paper="2.8B", parameters=2_849_757_184,
+        last=3, tuned="both", tuned_last=2,
+        num_facts=powers(8, 14), figure="Fig. 6", **ZSRE, dtype=torch.bfloat16,
     ),
     "GPT-J": PaperModel(
-        **{"hub": "EleutherAI/gpt-j-6b", "family": "decoder", "model_type": "gptj"},
-        **{"sizes": GPTJ_SIZES, "size_in_paper": "6B", "parameters": 6_050_882_784},
-        **{"last": 6, "tuned": "transformer.h.21.mlp.fc_out", "tuned_last": None},
-        **{"num_facts": powers(5, 14), "figure": "Fig. 7", **ZSRE},
-        dtype=torch.bfloat16,
+        hub="EleutherAI/gpt-j-6b", family="decoder", model_type="gptj",
+        sizes=GPTJ_SIZES, size_in_paper="6B", parameters=6_050_882_784,
+        last=6, tuned="transformer.h.21.mlp.fc_out", tuned_last=None,
+        num_facts=powers(5, 14), figure="Fig. 7", **ZSRE, dtype=torch.bfloat16,
     ),
 }
 
