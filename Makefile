@@ -7,7 +7,7 @@ OUT ?= runs/reproduce
 
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES := malmen_repro nbs tests tools
+SOURCES := malmen_repro nbs tests tools data_scripts
 
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Record', 'STATEMENTS', 'BELOW_PAPER', 'Finding', 'Statement', 'success', 'curves', 'strongest', 'capacity',
            'locality_gap', 'generalisation_gap', 'loses', 'breaks_down', 'time_saved', 'residuals_grow',
-           'residual_ratio', 'more_success_more_drawdown', 'failure_counts', 'same_errors', 'single_tokens',
-           'sometimes_right', 'verdict', 'verdict_table']
+           'residual_ratio', 'more_success_more_drawdown', 'failure_counts', 'memory_slopes', 'same_errors',
+           'single_tokens', 'sometimes_right', 'verdict', 'verdict_table']
 
 # %% ../nbs/16a_verdicts.ipynb #9bdf28a4
 import math
@@ -214,6 +214,13 @@ def failure_counts(records: Sequence[Record]) -> dict[str, float]:
     return total | {share: right / total[number] if total[number] else math.nan}
 
 
+def memory_slopes(records: Sequence[Record]) -> Finding:
+    "Bytes a fact of both procedures."
+    from malmen_repro.memory import memory_finding
+
+    return Finding(*memory_finding(records))
+
+
 def same_errors(records: Sequence[Record]) -> Finding:
     "Of the wrong edits, how many equivalent tuples are wrong in the same way."
     counts = failure_counts(records)
@@ -277,6 +284,8 @@ STATEMENTS: list[Statement] = [
               "larger at the largest m than at the smallest", "cancellation", residuals_grow),
     Statement("Fig. 8", "MALMEN's is about three orders of magnitude smaller", "5.2",
               "ratio at the largest m between 100 and 10,000", "cancellation", residual_ratio),
+    Statement("Fig. 9", "concatenated memory grows fast and passes the limit; split memory grows slowly", "5.2",
+              "at least 10 times as many bytes a fact, and the limit is met first", "memory", memory_slopes),
     *_of_ablations("Table 1", "BERT-base", "ablations_classifier",
                    {"sum": "ES 93.0 to 79.1", "none": "singular", "first": "ES 93.0 to 50.3"}),
     Statement("Table 1", "BERT-base: caching all tokens is better (ES 93.0 to 97.0)", "5.2",
