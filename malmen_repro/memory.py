@@ -479,8 +479,8 @@ def _draw_curve(ax, procedure: str, curve: Mapping[int, int], stopped: int | Non
     if len(curve) > 1 and max(curve) < up_to:
         slope, start = line(curve)
         beyond = np.geomspace(max(curve), up_to, 50)
-        look = {"color": colour, "linestyle": (0, (1, 2)), "label": "fitted line, not measured" if stopped else None}
-        ax.plot(beyond, (start + slope * beyond) / GIB, **look)
+        note = "dotted: line fitted, not measured" if stopped else None
+        ax.plot(beyond, (start + slope * beyond) / GIB, color=colour, linestyle=(0, (1, 2)), label=note)
 
 
 def _cached(record: Mapping[str, Any], num_facts: int) -> int:

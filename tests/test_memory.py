@@ -547,7 +547,7 @@ def test_the_figure_is_drawn_from_records_alone_and_is_deterministic(tmp_path, h
     draw_memory(read_records(tmp_path, "memory", "tiny")[::-1], tmp_path / "two")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     labels = figure.axes[0].get_legend_handles_labels()[1]
-    assert "stopped here" in labels and "fitted line, not measured" in labels
+    assert "stopped here" in labels and "dotted: line fitted, not measured" in labels
     assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
     with pytest.raises(RecordError, match="no records to draw"):
         draw_memory([])
