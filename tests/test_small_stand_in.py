@@ -9,24 +9,30 @@ from itertools import product
 import pytest
 import torch
 
-from malmen_repro.facts import Fact, FactError, FactFileError, check_facts
+from malmen_repro.facts import LABELS, Fact, FactError, FactFileError, check_facts, other_label
 from malmen_repro.language_models import EncodedPair
 from malmen_repro.small_stand_in import (
     ARCHITECTURES,
+    FRAMES,
     ShuffledRows,
+    SmallBertConfig,
     SmallConfig,
     SmallCurriculum,
     SmallGPTJConfig,
     SmallRun,
+    SmallT5Config,
     StandInError,
     by_length,
     byte_pair_tokenizer,
+    claim_facts,
+    claim_lessons,
     corpus_sentences,
     half_pays,
     halves,
     knowledge,
     known_questions,
     question_lessons,
+    sentence_rows,
     small_bench,
     small_config,
     small_model,
@@ -42,7 +48,12 @@ from malmen_repro.stand_ins import digest
 SIZES = dict(layers=1, width=32, heads=2, vocabulary=400, steps=12, learning_rate=2e-3, warmup=4)
 ROWS = dict(known=12, nq_rows=8, known_rows=8, corpus_rows=4)
 CONFIG = SmallConfig(**SIZES, **ROWS)
-CONFIGS = {"gpt2": CONFIG, "gptj": SmallGPTJConfig(**SIZES, **ROWS, rotary=8)}
+CONFIGS = {
+    "gpt2": CONFIG,
+    "gptj": SmallGPTJConfig(**SIZES, **ROWS, rotary=8),
+    "t5": SmallT5Config(**SIZES, **ROWS, inner=64),
+    "bert": SmallBertConfig(**SIZES, inner=64, evaluation=8, train=12, pararel_rows=8, fever_rows=8),
+}
 EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -68,6 +79,11 @@ def folder(tmp_path_factory):
     both = {"relation": "P19", "question": "Where was Zed Ash born?", "subject": "Zed Ash", "answers": ["Arden"]}
     files = {"zsre/mend_train_1000": zsre[:4], "zsre/mend_eval_1037": zsre[4:], "nq/train": nq[:32], "nq/dev": nq[32:],
              "entity_questions/train": [*born[:24], *twins, both], "entity_questions/dev": [*born[24:], both]}
+    patterns = ["[X] was born in [Y] .", "[X] is native to [Y]", "[X] comes from [Y]", "The birthplace of [X] is [Y]."]
+    files["pararel/patterns"] = [{"relation": "P19", "patterns": patterns}]
+    files["pararel/facts"] = [{"relation": "P19", "subject": b["subject"], "object": b["answers"][0]} for b in born]
+    for name, shift in (("train", 0), ("dev", 40)):
+        files[f"fever/{name}"] = [{"claim": f"Claim {i + shift} is so.", "label": LABELS[i % 2]} for i in range(20)]
     for name, rows in files.items():
         write(out / f"{name}.jsonl.xz", rows)
     for name in ("trex_sentences", "bing_distant_sentences"):
@@ -242,9 +258,16 @@ def test_stopped_and_continued_is_the_same_as_straight(folder, tmp_path, monkeyp
         assert not other.training and not any(p.requires_grad for p in other.parameters())
     assert again.get_vocab() == tokenizer.get_vocab()
     record = json.loads((tmp_path / "straight/record.json").read_text())
-    assert record["tier"] == "small" and record["config"]["steps"] == 12 and record["epochs"]["nq_train"] == 3
-    assert record["sizes"]["known_facts"] == 12 and record["parameters"] == straight.num_parameters()
-    wrapped(loaded, again, config).encode([("Where was Ada Ash born?", "Arden")])
+    assert record["tier"] == "small" and record["config"] == asdict(config)
+    assert record["parameters"] == straight.num_parameters()
+    if config.architecture == "bert":
+        assert record["epochs"] == {"pararel": 4.8, "fever": 2.4} and record["sizes"]["known"] == 60
+    else:
+        assert record["epochs"]["nq_train"] == 3 and record["sizes"]["known_facts"] == 12
+    pairs = [("Where was Ada Ash born?", LABELS[0])]
+    ours, theirs = wrapped(straight, tokenizer, config), wrapped(loaded, again, config)
+    assert ours.encode(pairs) == theirs.encode(pairs)
+    torch.testing.assert_close(*(lm.answer_logits(next(lm.batches(pairs))) for lm in (ours, theirs)))
 
 
 def test_a_folder_of_another_configuration_is_refused(folder, tmp_path):
@@ -277,8 +300,10 @@ def test_the_first_stand_in_is_the_one_that_records_stand_on():
 
 
 def test_an_architecture_that_is_not_there():
-    with pytest.raises(StandInError, match="gpt2, gptj"):
+    with pytest.raises(StandInError, match="gpt2, gptj, t5, bert"):
         small_config("gpt3")
+    with pytest.raises(StandInError, match="gpt3"):
+        small_bench("nowhere", architecture="gpt3")
 
 
 @EACH
@@ -296,7 +321,7 @@ def test_model_of_each_architecture(tokenizer, config):
 @EACH
 def test_curriculum_of_each_architecture(folder, config):
     lessons = ARCHITECTURES[config.architecture].lessons(folder, config)
-    tokenizer = byte_pair_tokenizer(lessons.texts, 400)
+    tokenizer = byte_pair_tokenizer(lessons.texts, 400, FRAMES.get(config.architecture, ""))
     lm = fresh(tokenizer, config)
     curriculum = SmallCurriculum(lessons, lm, config)
     questions, sentences = curriculum[60]
@@ -322,6 +347,49 @@ def test_questions_are_learned_with_their_end(folder, tokenizer):
     questions, sentences = SmallCurriculum(lessons, lm, CONFIG)[0]
     assert {row.answer[-1] for row in questions} == {tokenizer.eos_token_id}
     assert all(len(row.prompt) == 1 and len(row.answer) < CONFIG.corpus_length for row in sentences)
+
+
+def test_an_encoder_decoder_completes_sentences(folder):
+    config = CONFIGS["t5"]
+    lessons = question_lessons(folder, config)
+    tokenizer = byte_pair_tokenizer(lessons.texts, 400, FRAMES["t5"])
+    rows = sentence_rows(fresh(tokenizer, config), ["Ada Ash went to Arden.", "one " * 100], 16)
+    assert [tokenizer.decode(part, skip_special_tokens=True) for part in rows[0]] == [" Ada Ash", " went to Arden."]
+    assert rows[0].prompt[-1] == rows[0].answer[-1] == rows[1].prompt[-1] == tokenizer.eos_token_id
+    assert max(map(len, rows[1])) == 8
+
+
+@pytest.mark.parametrize("name,ends", [("t5", (False, True)), ("bert", (True, True))])
+def test_frames(folder, tmp_path, name, ends):
+    tokenizer = byte_pair_tokenizer(corpus_sentences(folder), 400, FRAMES[name])
+    ids, end = tokenizer("Ada Ash")["input_ids"], tokenizer.eos_token_id
+    assert (ids[0] == end, ids[-1] == end) == ends
+    assert tokenizer("Ada", add_special_tokens=False) == tokenizer(" Ada", add_special_tokens=False)
+
+
+def test_claims_are_learned_right_and_edited_wrong(folder):
+    config = CONFIGS["bert"]
+    lessons, (train, sets) = claim_lessons(folder, config), claim_facts(folder, config)
+    known = dict(pair for facts, _ in lessons.sources.values() for pairs in facts for pair in pairs)
+    assert len(train) == 12 and {name: len(facts) for name, facts in sets.items()} == {"pararel": 8, "fever": 10}
+    for fact in [*train, *sets["pararel"], *sets["fever"]]:
+        assert known[fact.prompt] == other_label(fact.answer) == fact.alternative
+        assert known[fact.unrelated_prompt] == fact.unrelated_answer
+    assert all(prompt in known for fact in train for prompt in fact.equivalent_prompts)
+    assert not any(prompt in known for fact in sets["pararel"] for prompt in fact.equivalent_prompts)
+    unseen = lessons.checks["unseen twins"]
+    assert unseen and not any(prompt in known for prompt, _ in unseen)
+    assert {fact.unrelated_prompt for fact in train} <= {prompt for prompt, _ in lessons.checks["fever_train"]}
+    assert {fact.unrelated_prompt for fact in sets["pararel"]} <= {prompt for prompt, _ in lessons.checks["fever_dev"]}
+
+
+def test_a_classifier_learns_labels(folder, tmp_path):
+    config = replace(CONFIGS["bert"], steps=60, learning_rate=1e-2)
+    lessons = claim_lessons(folder, config)
+    lm = fresh(byte_pair_tokenizer(lessons.texts, 400, FRAMES["bert"]), config)
+    curriculum, run = SmallCurriculum(lessons, lm, config), SmallRun(tmp_path / "checkpoint.pt", lm, config)
+    losses = [run.advance(*curriculum[step])[0] for step in range(config.steps)]
+    assert losses[-1] < 0.5 * losses[0] and {label for row in curriculum[0][0] for label in row.answer} == {0, 1}
 
 
 def test_a_step_without_sentences(tokenizer, tmp_path):
