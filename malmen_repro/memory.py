@@ -172,7 +172,7 @@ MEMORY_SETTINGS: dict[str, MemorySetting] = {
         num_facts=tuple(2**k for k in range(5, 13)),
         limit_bytes=GIB,
     ),
-    "paper": MemorySetting(
+    "shapes": MemorySetting(
         what="GPT-2's shapes, random weights",
         model={"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": 3072},
         edited=6,

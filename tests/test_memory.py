@@ -367,13 +367,13 @@ def test_the_settings_are_full_batches_and_the_papers_shapes(tier):
     assert setting.model["n_positions"] >= setting.prompt_tokens + setting.answer_tokens
 
 
-def test_the_paper_setting_is_gpt2():
+def test_the_shapes_are_gpt2s():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with torch.device("meta"):
-        model = GPT2LMHeadModel(GPT2Config(**MEMORY_SETTINGS["paper"].model))
+        model = GPT2LMHeadModel(GPT2Config(**MEMORY_SETTINGS["shapes"].model))
     assert model.num_parameters() == 124_439_808
-    assert MEMORY_SETTINGS["paper"].rank == EditorConfig().rank and MEMORY_SETTINGS["paper"].edited == 6
+    assert MEMORY_SETTINGS["shapes"].rank == EditorConfig().rank and MEMORY_SETTINGS["shapes"].edited == 6
 
 
 @pytest.mark.parametrize("method", ["MEND", "MALMEN"])
@@ -525,7 +525,7 @@ def test_records_of_another_setting_are_refused(tmp_path, here):
 
 
 def test_a_tier_without_a_setting(tmp_path):
-    with pytest.raises(UnknownMemoryTierError, match="'small', but at: tiny, paper"):
+    with pytest.raises(UnknownMemoryTierError, match="'small', but at: tiny, shapes"):
         run_memory(tmp_path, "small", progress=False)
 
 
