@@ -44,10 +44,11 @@ class RunningMoments(nn.Module):
         "Merge a chunk of tokens into the moments of one layer."
         if not len(rows):
             return
-        rows = rows.double()
+        rows = rows.to(torch.float64, copy=True)  # ours to change: tokens fill memory
         count, mean = len(rows), rows.mean(0)
         total, delta = self.count[layer] + count, mean - self.mean[layer]
-        self.squares[layer] += (rows - mean).square().sum(0) + delta.square() * self.count[layer] * count / total
+        squares = rows.sub_(mean).square_().sum(0)
+        self.squares[layer] += squares + delta.square() * self.count[layer] * count / total
         self.mean[layer] += delta * count / total
         self.count[layer] = total
 

@@ -111,8 +111,8 @@ def _blocks(*matrices: Tensor, rows: int = 4096) -> Iterator[tuple[Tensor, ...]]
 def _product(left: Tensor, right: Tensor) -> Tensor:
     "leftᵀ right in float64, summed over tokens."
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
-    for a, b in _blocks(left, right):
-        total.addmm_(a.T, b)
+    for blocks in _blocks(left) if right is left else _blocks(left, right):
+        total.addmm_(blocks[0].T, blocks[-1])
     return total
 
 # %% ../nbs/03_normal_equation.ipynb #8be48d6e
@@ -233,7 +233,7 @@ def factorize(
     # The dual form would answer with λ = 0 too, by the shortest S: but the equation as it stands has no solution.
     if number == 0 and n < d:
         raise SingularGramError(layer, n, d, number, math.inf)
-    gram = keys.double() @ keys.double().T if form == "dual" else _product(keys, keys)
+    gram = (wide := keys.double()) @ wide.T if form == "dual" else _product(keys, keys)
     cholesky = _cholesky(gram, number)
     if cholesky is None:
         raise SingularGramError(layer, n, d, number, condition_number(gram, number))

@@ -69,11 +69,11 @@ def cache_tokens(
     batch_size: int,  # rows in the language model at once
 ) -> dict[str, KeysAndGradients]:  # all n tokens of each layer
     "Steps (i) and (ii): the tokens of all edit tuples."
-    parts = list(editor.captured(edits, batch_size))
-    return {
-        layer: KeysAndGradients(*(torch.cat(tensors) for tensors in zip(*(part[layer] for part in parts), strict=True)))
-        for layer in editor.lm.layers
-    }
+    parts, joined = list(editor.captured(edits, batch_size)), {}
+    for layer in editor.lm.layers:  # one after the other, so that no more than one layer's tokens are held twice
+        pieces = zip(*(part.pop(layer) for part in parts), strict=True)
+        joined[layer] = KeysAndGradients(*map(torch.cat, pieces))
+    return joined
 
 # %% ../nbs/08_training.ipynb #8729f87d
 def chunks(
