@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from malmen_repro import records
+from malmen_repro.cli import OTHERS
 from malmen_repro.experiments import EXPERIMENTS, METHODS, TIERS, Cell
 from malmen_repro.facts import Fact, MalmenError
 from malmen_repro.records import (
@@ -387,28 +388,40 @@ def test_committed_records_lie_in_the_source_tree(monkeypatch, tmp_path):
 
 
 COMMITTED = sorted(path for tier in TIERS for path in (committed_records() / tier).glob("*/*.json"))
+OF_CELLS = [path for path in COMMITTED if path.parent.name in EXPERIMENTS]
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parts[-3]}-{path.parts[-2]}-{path.stem}")
-def test_a_committed_record_is_whole_and_lies_where_its_cell_says(path):
+def place_of(path):
+    return f"{path.parts[-3]}-{path.parts[-2]}-{path.stem}"
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=place_of)
+def test_a_committed_record_is_whole_and_names_no_place_of_a_machine(path):
+    one = read_record(path)
+    texts = json.dumps([one["configuration"], one["hardware"], one["versions"], one.get("bench")])
+    assert not any(place in texts for place in ("/root", "/home", "/tmp", "/work"))
+    assert one["git"] is None or len(one["git"]["commit"]) == 40
+
+
+@pytest.mark.parametrize("path", OF_CELLS, ids=place_of)
+def test_a_committed_record_of_a_cell_lies_where_the_cell_says(path):
     one = read_record(path)
     cell = Cell(**one["configuration"]["cell"])
-    assert path == committed_records() / cell.path and cell.experiment in EXPERIMENTS and cell.method in METHODS
+    assert path == committed_records() / cell.path and cell.method in METHODS
     assert cell.tier in EXPERIMENTS[cell.experiment].plans
-    known = {"ES", "GS", "LS", "LS before"} <= one["scores"].keys()
-    assert known != bool(one["extra"].get("failure")) and one["model"]["parameters"] > 0
-    texts = json.dumps([one["bench"], one["hardware"], one["versions"]])
-    assert not any(place in texts for place in ("/root", "/home", "/tmp", "/work"))
+    scored = {"ES", "GS", "LS", "LS before"} <= one["scores"].keys()
+    assert scored != bool(one["extra"].get("failure")) and one["model"]["parameters"] > 0
+    assert one["extra"].get("failure") or set(EXPERIMENTS[cell.experiment].extras) <= one["extra"].keys()
 
 
-def test_records_that_lie_in_a_tier_belong_to_an_experiment():
-    assert COMMITTED and {path.parent.name for path in COMMITTED} <= EXPERIMENTS.keys()
+def test_records_that_lie_in_a_tier_belong_to_an_item():
+    assert COMMITTED and {path.parent.name for path in COMMITTED} <= EXPERIMENTS.keys() | OTHERS.keys()
 
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_committed_records_of_one_place_had_the_same_bench(tier):
     benches = {}
-    for path in (path for path in COMMITTED if path.parent.parent.name == tier):
+    for path in (path for path in OF_CELLS if path.parent.parent.name == tier):
         one = read_record(path)
         cell = Cell(**one["configuration"]["cell"])
         place = cell.family, EXPERIMENTS[cell.experiment].setting, cell.seed if tier == "tiny" else 0
