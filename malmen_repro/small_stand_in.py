@@ -209,7 +209,7 @@ def byte_pair_tokenizer(
         tokenizer.post_processor = processors.TemplateProcessing(frame, None, [(END, tokenizer.token_to_id(END))])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PADDING)
 
-# %% ../nbs/13b_small_stand_in.ipynb #d41f4f79
+# %% ../nbs/13b_small_stand_in.ipynb #65617c9f
 @dataclass(frozen=True)
 class SmallConfig:
     "The small tier's decoder, GPT-2's architecture, and its training."
@@ -238,7 +238,7 @@ class SmallConfig:
     max_norm: float = 1.0  # of the gradient
     seed: int = 0
 
-
+# %% ../nbs/13b_small_stand_in.ipynb #69c14f0d
 @dataclass(frozen=True)
 class SmallGPTJConfig(SmallConfig):
     "GPT-J's architecture on the same data: rotary positions, attention beside the feed-forward network."
@@ -259,7 +259,7 @@ class SmallT5Config(SmallConfig):
     inner: int = 1536  # width of the gated feed-forward network
     steps: int = 1600
 
-
+# %% ../nbs/13b_small_stand_in.ipynb #8e18bb6e
 @dataclass(frozen=True)
 class SmallBertConfig:
     "BERT's architecture, fine-tuned on all claims from random weights (Appendix A.4 begins with pretrained ones)."
@@ -269,7 +269,7 @@ class SmallBertConfig:
     width: int = 256
     heads: int = 4
     inner: int = 1536  # width of the feed-forward network
-    positions: int = 128  # tokens
+    positions: int = 512  # tokens, as in BERT; a claim of FEVER takes 137
     vocabulary: int = 8192  # tokens
     train: int = 8_192  # ParaRel claims for the editor's training
     evaluation: int = 4_096  # ParaRel claims to edit
@@ -336,7 +336,7 @@ def question_facts(
     data = small_tier_data(data_dir, config.seed, config.known, config.questions)
     return data.train_facts + data.zsre_train, {"zsre": data.zsre_eval, "entity_questions": data.eq_dev}
 
-# %% ../nbs/13b_small_stand_in.ipynb #10a81c57
+# %% ../nbs/13b_small_stand_in.ipynb #a3a58fef
 def _unseen_twins(
     data_dir: str | Path,  # the folder with pararel/
     known: Sequence[Fact],  # claims
@@ -379,7 +379,7 @@ def claim_lessons(
         sizes={"known": len(pararel) + len(fever)} | {k: len(v) for k, v in vars(data).items() if k != "known"},
     )
 
-
+# %% ../nbs/13b_small_stand_in.ipynb #b533e4e5
 def claim_facts(
     data_dir: str | Path,  # the folder with pararel/ and fever/
     config: SmallBertConfig,
@@ -536,7 +536,7 @@ def _bert(config: SmallBertConfig, tokenizer: PreTrainedTokenizerFast) -> BertFo
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     ))
 
-# %% ../nbs/13b_small_stand_in.ipynb #1592118a
+# %% ../nbs/13b_small_stand_in.ipynb #d8dd3e79
 class StandInError(MalmenError, ValueError):
     "A stand-in language model cannot be trained or continued as asked."
 
@@ -559,7 +559,7 @@ ARCHITECTURES = {
     "bert": Architecture(SmallBertConfig, _bert, BertForSequenceClassification, claim_lessons, claim_facts),
 }
 
-
+# %% ../nbs/13b_small_stand_in.ipynb #21014329
 def small_config(
     architecture: str,
 ) -> AnyConfig:
