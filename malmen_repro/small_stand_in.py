@@ -274,8 +274,8 @@ class SmallBertConfig:
     train: int = 8_192  # ParaRel claims for the editor's training
     evaluation: int = 4_096  # ParaRel claims to edit
     steps: int = 3000
-    pararel_rows: int = 64  # rows a step
-    fever_rows: int = 96
+    pararel_rows: int = 80  # rows a step
+    fever_rows: int = 80
     learning_rate: float = 5e-4
     warmup: int = 200  # steps
     last_learning_rate: float = 0.05  # as a share of the highest
