@@ -1,29 +1,22 @@
-"""Experiments, records, the runner, tables and figures."""
+"""Experiments as data, methods, what is edited, the runner, and what a record holds beyond scores."""
 
-import itertools
 import json
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from malmen_repro import benches, experiments, records
-from malmen_repro.benches import (
-    MissingDataError,
-    ModelNotFoundError,
-    UnknownTierError,
-    bench_loader,
-    check_model,
-    check_tier,
-    load_language_model,
-)
+from malmen_repro import benches, experiments
 from malmen_repro.editors import EditorConfig, NonFiniteShiftError
 from malmen_repro.evaluation import MEASURES, Scores, evaluate
 from malmen_repro.experiments import (
+    BENCH_SETTINGS,
     EXPERIMENTS,
+    EXTRAS,
+    FAILURES,
     MAIN_METHODS,
     METHODS,
     TIERS,
@@ -31,47 +24,48 @@ from malmen_repro.experiments import (
     Cell,
     CellError,
     EvaluationConfig,
+    Experiment,
     ExperimentError,
     Plan,
     UnknownExperimentError,
+    alternatives,
     cells_of,
     condensed,
     configuration,
+    edited_model,
+    editor_of,
     evaluation_blocks,
+    failure_cases,
     find_experiment,
     pooled,
+    residual_means,
     run_cells,
+    said,
+    sequence_success,
     slug,
     trained_for,
     training_settings,
 )
-from malmen_repro.facts import Fact, MalmenError
-from malmen_repro.figures import (
-    compare_tables,
-    draw_scaling,
-    figure_title,
-    scaling_points,
-    scaling_table,
-    shown,
-    spread_note,
-)
+from malmen_repro.facts import Fact
+from malmen_repro.figures import draw_scaling, failure_table, residual_points, scaling_table, sequence_points
+from malmen_repro.fine_tuning import FineTuning, FineTuningConfig, fine_tuned
+from malmen_repro.keys_and_gradients import KeysAndGradients
+from malmen_repro.normal_equation import SingularGramError
 from malmen_repro.records import (
     RecordConflictError,
     RecordError,
     RecordWarning,
-    differences,
-    facts_hash,
     fingerprints,
-    git_state,
     plain,
     read_record,
     read_records,
     sha256,
-    weights_hash,
     write_record,
 )
-from malmen_repro.training import TrainingConfig
-from tests.toy import toy_facts, toy_model
+from malmen_repro.released_code import VARIANTS
+from malmen_repro.training import TrainingConfig, cache_tokens
+from malmen_repro.weight_shifts import WeightShift
+from tests.toy import toy_claims, toy_classifier, toy_encoder_decoder, toy_facts, toy_model
 
 TOY_METHODS = ("MALMEN", "MEND", "MALMEN untrained")
 EVALUATION = EvaluationConfig(scored_facts=6, batch_size=4)
@@ -148,7 +142,7 @@ def test_what_is_run_by_default_is_part_of_the_full_plan():
     for name, experiment in EXPERIMENTS.items():
         for tier in experiment.plans:
             sizes = [{one.num_facts for one in cells_of(name, tier, full=full)} for full in (False, True)]
-            assert sizes[0] <= sizes[1] or name.startswith("ablations") or name == "failures"
+            assert sizes[0] <= sizes[1] or name.startswith("ablations") or name in ("failures", "released_code")
 
 
 def test_small_plan_edits_all_zsre_rows_and_up_to_4096():
@@ -194,8 +188,6 @@ def test_unknown_names():
         find_experiment("zzz")
     with pytest.raises(UnknownExperimentError, match="no cells at the tier 'huge'"):
         cells_of("scaling_decoder", "huge")
-    with pytest.raises(UnknownTierError, match="no tier 'huge'"):
-        check_tier("huge", None)
 
 
 @pytest.mark.parametrize("wrong", [{"seeds": 0}, {"num_facts": [16, 0]}])
@@ -240,91 +232,7 @@ def test_configuration_takes_both_seeds_from_the_cell():
     assert found["editor"]["seed"] == found["training"]["seed"] == 5
 
 
-def test_hash_does_not_depend_on_the_order_of_keys():
-    assert sha256({"a": 1, "b": [2]}) == sha256({"b": [2], "a": 1}) != sha256({"a": 1, "b": [3]})
-
-
-def test_differences_name_the_fields():
-    theirs = {"schema": 1, "training": {"steps": 1, "seed": 0}, "gone": 1}
-    ours = {"schema": 2, "training": {"steps": 2, "seed": 0}}
-    assert differences(theirs, ours) == ["gone", "schema", "training.steps"]
-
-
-# --- fingerprints and provenance
-
-
-def test_weights_hash_sees_any_weight():
-    lm = toy_model()
-    before = weights_hash(lm)
-    assert before == weights_hash(toy_model()) != weights_hash(toy_model(seed=1))
-    lm.model.get_input_embeddings().weight[3, 3] += 1e-6
-    assert weights_hash(lm) != before
-    assert weights_hash(toy_model(torch.bfloat16)) != before
-
-
-def test_facts_hash_ignores_the_source_and_sees_the_order():
-    facts = toy_facts(3)
-    elsewhere = [replace(fact, source="elsewhere, line 1") for fact in facts]
-    assert facts_hash(facts) == facts_hash(elsewhere) != facts_hash(facts[::-1])
-
-
-def test_git_state_of_another_folder(tmp_path):
-    assert git_state(tmp_path) is None
-    assert git_state(tmp_path / "missing") is None
-    assert git_state(Path(__file__).parent) is None  # a folder inside a checkout is not the checkout
-
-
-def test_git_state_without_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert git_state() is None
-
-
-# --- records
-
-
-def test_plain():
-    assert plain({"a": [1.23456789, float("nan"), True, None], "b": ("x", math.inf)}) == {
-        "a": [1.2346, None, True, None],
-        "b": ["x", None],
-    }
-
-
-def test_record_round_trip(finished, tmp_path):
-    record = finished[2][0]
-    write_record(record, tmp_path / "a" / "b.json")
-    assert read_record(tmp_path / "a" / "b.json") == record
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"]
-    assert len((tmp_path / "a" / "b.json").read_text().splitlines()) == len(record) + 2  # a line a field
-
-
-def test_write_record_refuses_nan_and_keeps_what_was_there(tmp_path):
-    write_record({"a": 1}, tmp_path / "r.json")
-    with pytest.raises(ValueError):
-        write_record({"a": math.nan}, tmp_path / "r.json")
-    assert json.loads((tmp_path / "r.json").read_text()) == {"a": 1}
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[]", "null", "{}", '{"hash": 1}', "\x00" * 50])
-def test_damaged_records_are_told(tmp_path, damage):
-    (tmp_path / "r.json").write_text(damage)
-    with pytest.raises(RecordError, match="r.json is damaged"):
-        read_record(tmp_path / "r.json")
-
-
-@pytest.mark.parametrize("drop", ["scores", "per_fact", "fingerprints", "seconds", "hash", "configuration"])
-def test_incomplete_records_are_told(finished, tmp_path, drop):
-    record = {name: value for name, value in finished[2][0].items() if name != drop}
-    write_record(record, tmp_path / "r.json")
-    with pytest.raises(RecordError, match="r.json is damaged"):
-        read_record(tmp_path / "r.json")
-
-
-def test_a_doctored_configuration_is_told(finished, tmp_path):
-    record = json.loads(json.dumps(finished[2][0]))
-    record["configuration"]["training"]["steps"] = 99
-    write_record(record, tmp_path / "r.json")
-    with pytest.raises(RecordError, match="its configuration hashes to"):
-        read_record(tmp_path / "r.json")
+# --- a record of a run
 
 
 def test_record_holds_what_a_reader_asks_for(finished):
@@ -620,56 +528,6 @@ def test_progress_bars_show(tmp_path, capsys):
     assert "cells" in shown_bars and "train MALMEN" in shown_bars
 
 
-# --- tables and figures
-
-
-def fake(method, m, seed, mean, data_set="toys", tier="tiny", before=0.9):
-    part = {"mean": mean, "interval": [mean - 0.05, mean + 0.05], "facts": 10}
-    scores = {name: dict(part) for name in ("ES", "GS", "LS")} | {"LS before": {**part, "mean": before}}
-    setting = {"cell": asdict(Cell("toy", "decoder", method, m, seed, tier, data_set, m))}
-    model = {"type": "gpt2", "parameters": 1_500_000}
-    return {"hash": sha256(setting), "configuration": setting, "scores": scores, "model": model}
-
-
-def test_scaling_points_average_over_seeds():
-    (point,) = scaling_points([fake("MALMEN", 16, seed, mean) for seed, mean in enumerate((0.8, 0.9, 1.0))])
-    assert point["seeds"] == 3 and point["ES"] == pytest.approx((0.9, 0.8, 1.0))
-
-
-def test_a_single_seed_shows_the_interval():
-    (point,) = scaling_points([fake("MALMEN", 16, 0, 0.8)])
-    assert shown(point, "ES") == "80.0 [75.0, 85.0]"
-    assert shown(None, "ES") == "–"
-
-
-def test_spread_note():
-    assert "1 seed" in spread_note([{"seeds": 1}]) and "bootstrap" in spread_note([{"seeds": 1}])
-    assert spread_note([{"seeds": 3}, {"seeds": 3}]) == "mean ± standard deviation over 3 seeds"
-    assert "bootstrap" in spread_note([{"seeds": 3}, {"seeds": 1}])
-
-
-def test_scaling_table_in_the_order_of_m_and_methods():
-    records = [fake(method, m, seed, 0.5) for m in (256, 16) for method in TOY_METHODS[::-1] for seed in (1, 0)]
-    rows = scaling_table(records).splitlines()
-    assert rows[0].startswith("| set") and [row.split("|")[2:4] for row in rows[2:8]] == [
-        [f" {m} ".ljust(5), f" {method} ".ljust(18)] for m in (16, 256) for method in TOY_METHODS
-    ]
-    assert "50.0 ± 0.0" in rows[2] and "90.0 ± 0.0" in rows[2]
-    assert rows[-1] == "Per cent, mean ± standard deviation over 2 seeds."
-    assert scaling_table([]) == "There are no records."
-
-
-def test_compare_tables():
-    new = [fake("MALMEN", m, seed, 0.8) for m in (16, 64) for seed in (0, 1)]
-    old = [fake("MALMEN", 16, seed, 0.7) for seed in (0, 1, 2)]
-    text = compare_tables(new, old)
-    row = text.splitlines()[2]
-    assert "80.0 ± 0.0" in row and "70.0 ± 0.0" in row and "2 / 3" in row
-    assert text.splitlines()[3].count("–") == 3 and "2 / 0" in text
-    assert "2 of 4 cells have a committed record with the same settings" in text
-    assert "0 of 4 cells" in compare_tables(new, []) and compare_tables([], old) == "There are no records."
-
-
 def test_read_records(finished, tmp_path):
     out, cells, made = finished
     found = read_records(out, "toy", "tiny")
@@ -683,160 +541,330 @@ def test_read_records(finished, tmp_path):
         read_records(tmp_path, "toy", "tiny")
 
 
-def test_a_figure_is_drawn_from_records_alone_and_is_deterministic(finished, tmp_path):
-    records = read_records(finished[0], "toy", "tiny")
-    draw_scaling(records, tmp_path / "a" / "one.v1")
-    draw_scaling(records[::-1], tmp_path / "a" / "two.v1")
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["one.v1.png", "one.v1.svg", "two.v1.png", "two.v1.svg"]
-    for kind in ("png", "svg"):
-        one, two = ((tmp_path / "a" / f"{name}.v1.{kind}").read_bytes() for name in ("one", "two"))
-        assert one == two and len(one) > 5000
-    assert b"<dc:date>" not in (tmp_path / "a" / "one.v1.svg").read_bytes()
+# --- methods
 
 
-def test_figure_says_tier_model_and_seeds():
-    grid = itertools.product(TOY_METHODS, (16, 1037), (0, 1), ("a", "b"))
-    records = [fake(method, m, seed, 0.5, name) for method, m, seed, name in grid]
-    figure = draw_scaling(records)
-    title = figure.get_suptitle()
-    assert "Tiny tier" in title and "1.5 M" in title and "2 seeds" in title and "standard deviation" in title
-    assert len(figure.axes) == 6 and [ax.get_title() for ax in figure.axes[:3]] == ["ES", "GS", "LS"]
-    assert [label.get_text() for label in figure.axes[5].get_xticklabels()] == ["16", "1037"]
-    lines = figure.axes[2].get_lines()
-    assert lines[-1].get_linestyle() == "--" and lines[-1].get_ydata().tolist() == [0.9, 0.9]
-    assert len(figure.axes[0].get_lines()) == 3 and figure.axes[0].get_ylabel() == "a"
+def method_settings(tier, method, num_facts):
+    "As `training_settings`, but small."
+    about = METHODS[method]
+    if about.editor is FineTuning:
+        return FineTuningConfig(epochs=2, learning_rate=1e-3), None
+    editor = EditorConfig(**({"rank": 4, "blocks": 1, "learning_rate": 0.01} | about.changes))
+    training = TrainingConfig(num_facts=num_facts, steps=2 if about.trained else 0, **about.training)
+    return editor, training
 
 
-@pytest.mark.parametrize(("size", "text"), [(6.05e9, "6.05 B"), (124_439_808, "124 M"), (27_424, "27,424")])
-def test_figure_title_says_the_size(size, text):
-    record = fake("MEND", 16, 0, 0.5)
-    record["model"]["parameters"] = int(size)
-    assert f"gpt2 of {text} parameters, 1 seed" in figure_title([record])
+def run_method(method, out, ms=(3,), bench_for=toy_bench, **options):
+    cells = [cell(method, m, train_num_facts=3) for m in ms]
+    return run(cells, out, bench_for, method_settings, evaluation=replace(EVALUATION, scored_facts=3), **options)
 
 
-def test_figure_of_one_seed_says_so():
-    assert "bootstrap interval over facts, 1 seed" in draw_scaling([fake("MEND", 16, 0, 0.5)]).get_suptitle()
+def test_methods_are_well_formed():
+    assert len({slug(name) for name in METHODS}) == len(METHODS) and set(MAIN_METHODS) <= set(METHODS)
+    editors, trainings = ({one.name for one in fields(kind)} for kind in (EditorConfig, TrainingConfig))
+    for name, method in METHODS.items():
+        assert set(method.changes) <= editors - {"seed"} and set(method.training) <= trainings - {"seed", "num_facts"}
+        assert method.layers in ("first", "second", "both") and callable(method.editor), name
+    assert set(VARIANTS) < set(METHODS)
+    assert [name for name, method in METHODS.items() if method.may_fail] == ["MALMEN, no regularisation"]
 
 
-def test_figure_of_nothing():
-    with pytest.raises(RecordError, match="no records to draw"):
-        draw_scaling([])
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].may_fail])
+def test_every_method_gives_a_record(method, tmp_path):
+    (record,) = run_method(method, tmp_path)
+    assert 0 <= record["scores"]["ES"]["mean"] <= 1 and record["blocks"] == [3] and "failure" not in record["extra"]
+    assert bool(record["history"]) == METHODS[method].trained and read_record(tmp_path / cell(method).path) == record
+    assert len(list((tmp_path / "editors").glob("*"))) == (method != "FT")
 
 
-def test_a_method_nobody_knows_is_drawn_too():
-    assert draw_scaling([fake("MEMIT", m, 0, 0.5) for m in (1, 2)]).axes[0].get_lines()
+@pytest.mark.parametrize("method", ["MALMEN", "MALMEN, first layer", "MALMEN, all tokens", next(iter(VARIANTS))])
+def test_an_editor_read_again_is_the_editor_that_was_trained(method, tmp_path, monkeypatch):
+    (straight,) = run_method(method, tmp_path)
+    (tmp_path / cell(method).path).unlink()
+    monkeypatch.setattr(experiments, "_train", lambda *args: pytest.fail("it lies there"))
+    (again,) = run_method(method, tmp_path)
+    assert again["per_fact"] == straight["per_fact"] and again["learned"] == straight["learned"]
+    one = cell(method, train_num_facts=3)
+    bench = toy_bench()
+    settings = configuration(one, method_settings, replace(EVALUATION, scored_facts=3))
+    editor, story = editor_of(one, bench, settings, fingerprints(bench), tmp_path, False)
+    assert type(editor) is METHODS[method].editor and story["history"] == straight["history"]
+    assert editor.config == EditorConfig(**settings["editor"])
 
 
-def test_committed_records_are_whole_and_fit_the_table():
-    folder = records.committed_records()
-    for name in EXPERIMENTS:
-        for tier in TIERS if folder else ():
-            for record in read_records(folder, name, tier):
-                one = Cell(**record["configuration"]["cell"])
-                assert (folder / one.path).exists() and one.experiment == name and one.tier == tier
+def test_fine_tuning_needs_no_training_and_leaves_nothing_behind(tmp_path):
+    (record,) = run_method("FT", tmp_path)
+    assert record["learned"] == {} and record["history"] == [] and record["seconds"]["training"] == 0
+    assert record["configuration"]["training"] == {} and record["configuration"]["editor"]["epochs"] == 2
+    assert set(record["model"]["edited_layers"]) == set(fine_tuned(toy_model()).layers)
+    assert record["fingerprints"] == fingerprints(toy_bench())
 
 
-# --- models and data from outside
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [("MALMEN", ["c_proj"]), ("MEND", ["c_proj"]), ("MALMEN, first layer", ["c_fc"]), ("FT", ["c_fc", "c_proj"])],
+)
+def test_edited_model_has_the_layers_of_the_method(method, names):
+    lm = toy_model()
+    edited = edited_model(lm, METHODS[method])
+    assert {name.rsplit(".", 1)[1] for name in edited.layers} == set(names)
+    assert edited.model is lm.model and edited.tokenizer is lm.tokenizer
+    if method != "FT":
+        assert len(edited.layers) == len(lm.layers) and (edited is lm) == (names == ["c_proj"])
+
+
+@pytest.mark.parametrize("make", [toy_classifier, toy_encoder_decoder])
+def test_edited_model_of_other_families(make):
+    lm = make(last=1)
+    first = edited_model(lm, METHODS["MALMEN, first layer"])
+    assert len(first.layers) >= len(lm.layers) and not set(first.layers) & set(lm.layers)
+    assert set(edited_model(lm, METHODS["FT"]).layers) >= set(lm.layers)
+
+
+# --- a breakdown as a result
+
+
+def test_a_method_that_may_fail_writes_its_breakdown_down(tmp_path):
+    one = cell("MALMEN, no regularisation")
+    (record,) = run_method(one.method, tmp_path)
+    failure = record["extra"]["failure"]
+    assert failure["error"] == "SingularGramError" and "is singular" in failure["message"]
+    assert failure["tokens"] < failure["key_size"] == 24 and failure["layer"] in toy_model().layers
+    assert failure["condition"] == "infinite" or failure["condition"] > 1e12
+    assert record["scores"] == record["per_fact"] == record["seconds"] == record["learned"] == {}
+    assert record["blocks"] == record["history"] == [] and record["fingerprints"] == fingerprints(toy_bench())
+    assert read_record(tmp_path / one.path) == record
+    assert run_method(one.method, tmp_path, bench_for=no_bench) == [record]  # a breakdown is finished too
+
+
+@pytest.mark.parametrize(("condition", "expected"), [(1e17, 1e17), (math.inf, "infinite"), (math.nan, "infinite")])
+def test_the_condition_of_a_breakdown_is_plain_json(tmp_path, monkeypatch, condition, expected):
+    def breaking(*args):
+        raise SingularGramError("h", 3, 24, 0.0, condition)
+
+    monkeypatch.setattr(experiments, "_measure", breaking)
+    (record,) = run_method("MALMEN, no regularisation", tmp_path)
+    assert record["extra"]["failure"]["condition"] == expected
+    assert (record["extra"]["failure"]["tokens"], record["extra"]["failure"]["key_size"]) == (3, 24)
+
+
+def test_another_breakdown_is_told_without_a_matrix(tmp_path, monkeypatch):
+    def breaking(*args):
+        raise NonFiniteShiftError("no shift")
+
+    monkeypatch.setattr(experiments, "_measure", breaking)
+    (record,) = run_method("MALMEN, no regularisation", tmp_path)
+    assert record["extra"] == {"failure": {"error": "NonFiniteShiftError", "message": "no shift"}}
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "raised"),
+    [("MALMEN", NonFiniteShiftError("x"), CellError), ("MALMEN, no regularisation", ZeroDivisionError(), None)],
+)
+def test_no_other_breakdown_becomes_a_record(tmp_path, monkeypatch, method, error, raised):
+    def breaking(*args):
+        raise error
+
+    monkeypatch.setattr(experiments, "_measure", breaking)
+    with pytest.raises(raised or type(error)):
+        run_method(method, tmp_path)
+    assert not (tmp_path / cell(method).path).exists()
+
+
+# --- extras
 
 
 @pytest.fixture
-def saved(tmp_path):
-    lm = toy_model()
-    lm.model.save_pretrained(tmp_path / "model")
-    lm.tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def shifted():
+    "A model, facts, and a large random shift."
+    lm, facts = toy_model(), toy_facts(8)
+    torch.manual_seed(0)
+    return lm, facts, WeightShift({name: torch.randn(shape) * 3 for name, shape in lm.shapes.items()})
 
 
-def test_load_language_model_from_a_folder(saved):
-    lm = load_language_model(str(saved), last=1, device="cpu", progress=False)
-    assert weights_hash(lm) == weights_hash(toy_model()) and list(lm.layers) == ["transformer.h.2.mlp.c_proj"]
+def test_extras_of_experiments_exist_and_are_asked_for_block_by_block(tmp_path, monkeypatch):
+    assert {name for one in EXPERIMENTS.values() for name in one.extras} == EXTRAS.keys()
+    about = Experiment("Toy", "none", "decoder", "None.", extras=("residuals", "failures", "sequence_success"))
+    monkeypatch.setitem(EXPERIMENTS, "toy", about)
+    (record,) = run([cell("MALMEN", 3)], tmp_path)
+    assert list(record["extra"]) == list(about.extras) and record["blocks"] == [3, 3]
+    assert all(len(blocks) == 2 for blocks in record["extra"].values())
+    assert [block["counts"]["facts"] for block in record["extra"]["failures"]] == [3, 3]
+    assert rows_are_read(record)
 
 
-def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(ModelNotFoundError, match="no config.json"):
-        check_model(str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelNotFoundError, match="cannot be loaded"):
-        load_language_model(str(tmp_path))
+def rows_are_read(record):
+    return residual_points([record]) and sequence_points([record]) and failure_table([record])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "no-such/model", "not/a/name", "missing folder"])
-def test_no_model_and_no_hub(name, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelNotFoundError, match=name) as caught:
-        check_model(name)
-    assert isinstance(caught.value, MalmenError) and "\n" not in str(caught.value)
+@pytest.mark.parametrize("method", ["MALMEN", "MEND"])
+def test_residual_means(method, tmp_path):
+    lm, facts = toy_model(), toy_facts(6)
+    editor = METHODS[method].editor(lm, EditorConfig(rank=4, blocks=1, learning_rate=0.01, regularization=1e-6))
+    editor.observe(facts, 4, False)
+    found = residual_means(editor, facts, 4)
+    assert set(found) == set(lm.layers)
+    cached = cache_tokens(editor, [fact.pair for fact in facts], 4)
+    for layer, ways in found.items():
+        assert set(ways) == {"sum", "normal equation"} and ways["sum"]["tokens"] == len(cached[layer].keys)
+        assert 0 <= ways["normal equation"]["residual"] < ways["sum"]["residual"]
+    whole = residual_means(editor, facts, 2)
+    for layer in found:
+        for way, part in found[layer].items():
+            assert whole[layer][way] == pytest.approx(part, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("tier", ["small", "paper"])
-def test_tiers_without_data_fail_at_once(tier, tmp_path):
-    with pytest.raises(MissingDataError, match="MALMEN_DATA.*--tier tiny"):
-        check_tier(tier, None)
-    with pytest.raises(MissingDataError, match="no folder zsre"):
-        bench_loader(tmp_path, tmp_path)(tier, "decoder", 0)
+def test_residual_means_of_a_perfect_and_of_no_fit():
+    keys, wanted = torch.eye(3, 5), torch.ones(3, 4)
+    tokens = KeysAndGradients(keys, torch.zeros(3, 4))
+    perfect = experiments._fit(wanted.T @ keys, tokens, wanted)
+    assert perfect == pytest.approx({"residual": 0.0, "share": 1.0, "tokens": 3})
+    nothing = experiments._fit(torch.zeros(4, 5), tokens, wanted)
+    assert nothing == pytest.approx({"residual": 1.0, "share": 0.0, "tokens": 3})
+    wanted[0] = 0  # a token that wants nothing has no ratio, and is left out
+    assert experiments._fit(0.5 * wanted.T @ keys, tokens, wanted)["share"] == pytest.approx(0.5)
 
 
-def test_tiny_tier_needs_nothing():
-    check_tier("tiny", None)
+def test_failure_cases_of_no_shift_and_of_a_large_one(shifted):
+    lm, facts, shift = shifted
+    none = WeightShift({name: torch.zeros(shape) for name, shape in lm.shapes.items()})
+    assert failure_cases(lm, facts, none, 3)["counts"]["lost"] == 0  # nothing was lost where nothing changed
+    found = failure_cases(lm, facts, shift, 3)
+    counts = found["counts"]
+    assert counts["facts"] == counts["unrelated"] == 8 and counts["edit or equivalent wrong"] == len(found["edits"])
+    assert counts["edit wrong"] <= counts["edit or equivalent wrong"] <= 8
+    both = counts["equivalent wrong in the same way"] + counts["equivalent right"]
+    assert both <= counts["edit wrong"] and counts["wrong answers of several tokens"] <= counts["edit wrong"]
+    assert {row["prompt"] for row in found["edits"]} <= {fact.prompt for fact in facts}
+    assert set(found["edits"][0]) == {"prompt", "equivalent prompt", "target", "answer", "equivalent answer"}
+    assert failure_cases(lm, facts, shift, 64) == found
 
 
-def zsre_row(i):
-    return {"src": f"w{i}", "rephrase": f"w{i} w1", "answers": ["w2"], "alt": "w3", "loc": "w4", "loc_ans": "w5"}
+def answers(monkeypatch, *calls):
+    "Let the language model say what a test wants, call after call."
+    waiting = list(calls)
+    monkeypatch.setattr(experiments, "answer_predictions", lambda lm, pairs, batch_size: waiting.pop(0))
 
 
-def test_paper_tier_without_the_hub_says_what_can_be_run(tmp_path):
-    (tmp_path / "zsre").mkdir()
-    with pytest.raises(MissingDataError, match=r"has no file \*train\*"):
-        check_tier("paper", tmp_path)
-    for split in ("train", "eval"):
-        (tmp_path / "zsre" / f"x_{split}.jsonl").write_text(json.dumps(zsre_row(1)) + "\n")
-    with pytest.raises(ModelNotFoundError, match="--tier small"):
-        check_tier("paper", tmp_path)
-    (tmp_path / "zsre" / "y_train.jsonl").write_text("")
-    with pytest.raises(MissingDataError, match="2 files"):
-        check_tier("paper", tmp_path)
+def test_failure_cases_count_what_the_appendix_says(monkeypatch, shifted):
+    lm, facts, shift = shifted
+    facts, wanted = facts[:5], [[2, 3], [2, 3], [2], [2], [2]]
+    edits = [[2, 9], [9, 9], [9], [2], [2]]  # wrong by a token, by two, by one; right; right
+    others = [[2, 9], [2, 3], [8], [9], [2]]  # the same way, right, another way; wrong; right
+    before, after, right = [[4]] * 5, [[4], [5], [4], [4], [4]], [[4], [4], [4], [7], [4]]
+    answers(monkeypatch, (before, right), (edits, wanted), (others, wanted), (after, right))
+    found = failure_cases(lm, facts, shift, 4)
+    assert found["counts"] == {
+        "facts": 5, "unrelated": 5, "lost": 1, "edit or equivalent wrong": 4, "edit wrong": 3,
+        "equivalent wrong in the same way": 1, "equivalent right": 1, "wrong answers of several tokens": 2,
+        "share of their tokens that is right": 0.25,
+    }  # fmt: skip
+    assert found["unrelated"] == [
+        {"prompt": facts[1].unrelated_prompt, "target": facts[1].unrelated_answer, "before": "w2", "after": "w3"}
+    ]
+    assert found["edits"][0]["answer"] == "w0 w7" and found["edits"][0]["prompt"] == facts[0].prompt
 
 
-def test_paper_tier_takes_no_smaller_data_for_the_published(tmp_path, monkeypatch):
-    monkeypatch.setattr(benches, "check_model", lambda name: None)
-    monkeypatch.setattr(benches, "paper_model", lambda name, source: toy_model())
-    (tmp_path / "zsre").mkdir()
-    for split in ("train", "eval"):
-        (tmp_path / "zsre" / f"{split}.jsonl").write_text("".join(json.dumps(zsre_row(i)) + "\n" for i in range(5)))
-    with pytest.raises(MissingDataError, match="holds 5 facts"):
-        benches.paper_bench(tmp_path)
-    monkeypatch.setitem(benches.TRAIN_FACTS, "zsre", 5)
-    bench = bench_loader(tmp_path, tmp_path)("paper", "decoder", 0)
-    assert len(bench.eval_facts["zsre"]) == 5 and bench.provenance["facts"]["train"]["facts"] == 5
-    assert bench.train_facts[0].answer == "w2"  # the correct one, section 5.1
+def test_failure_cases_keep_a_few(monkeypatch, shifted):
+    lm, _, shift = shifted
+    facts = toy_facts(20)
+    asked = ([[2]] * 20, [[3]] * 20)
+    answers(monkeypatch, ([[3]] * 20, [[3]] * 20), asked, asked, ([[2]] * 20, [[3]] * 20))
+    found = failure_cases(lm, facts, shift, 4)
+    assert len(found["edits"]) == len(found["unrelated"]) == FAILURES and found["counts"]["lost"] == 20
+    assert found["counts"]["share of their tokens that is right"] is None  # single tokens all
 
 
-def test_bench_loader_remembers_the_last_bench(monkeypatch, tmp_path):
-    from malmen_repro import stand_ins
-
-    built = []
-
-    def tiny_bench(seed, cache_dir, progress, architecture):
-        built.append(seed)
-        return toy_bench(seed=seed)
-
-    monkeypatch.setattr(stand_ins, "tiny_bench", tiny_bench)
-    bench_for = bench_loader(None, tmp_path, progress=False)
-    assert bench_for("tiny", "decoder", 0) is bench_for("tiny", "decoder", 0) is not bench_for("tiny", "decoder", 1)
-    assert built == [0, 1]
+def test_failure_cases_leave_facts_without_tuples_out(shifted):
+    lm, facts, shift = shifted
+    bare = [replace(facts[0], equivalent_prompts=()), replace(facts[1], unrelated_prompt=None, unrelated_answer=None)]
+    counts = failure_cases(lm, [*bare, facts[2]], shift, 4)["counts"]
+    assert (counts["facts"], counts["unrelated"]) == (2, 2)
 
 
-def test_small_and_paper_tier_share_one_model_among_seeds(monkeypatch, tmp_path):
-    from malmen_repro import small_stand_in
+def test_answers_as_text():
+    assert said(toy_model(), [2, 4]) == "w0 w2"
+    assert said(toy_classifier(), [1]) == "REFUTES"
 
-    built = []
 
-    def small_bench(data_dir, cache_dir, seed, progress, architecture):
-        built.append(seed)
-        return toy_bench()
+def test_failure_cases_of_claims():
+    lm = toy_classifier()
+    shift = WeightShift({name: torch.randn(shape) for name, shape in lm.shapes.items()})
+    found = failure_cases(lm, toy_claims(8), shift, 4)
+    assert all({row["answer"], row["target"]} <= {"SUPPORTS", "REFUTES"} for row in found["edits"])
+    assert found["counts"]["wrong answers of several tokens"] == 0
 
-    monkeypatch.setattr(small_stand_in, "small_bench", small_bench)
-    (tmp_path / "zsre").mkdir()
-    bench_for = bench_loader(tmp_path, tmp_path, progress=False)
-    assert bench_for("small", "decoder", 0) is bench_for("small", "decoder", 3) and built == [0]
+
+def test_sequence_success_counts_whole_sequences(monkeypatch, shifted):
+    lm, facts, shift = shifted
+    block = facts[:2]  # two tuples, each with two phrasings
+    edits = ([[2, 3], [2, 4], [2, 3], [5], [5], [6]], [[2, 3]] * 3 + [[5]] * 3)
+    answers(monkeypatch, ([[4], [4, 4]], [[4], [4, 4]]), edits, ([[4], [4, 5]], [[4], [4, 4]]))
+    found = sequence_success(lm, block, shift, 4)
+    assert found == pytest.approx({"edit success": 4 / 6, "drawdown": 0.5, "accuracy before": 1.0})
+
+
+def test_sequence_success_without_a_change(shifted):
+    lm, facts, shift = shifted
+    none = WeightShift({name: torch.zeros(shape) for name, shape in lm.shapes.items()})
+    assert sequence_success(lm, facts, none, 4)["drawdown"] == 0
+    assert sequence_success(lm, facts, shift, 4) == sequence_success(lm, facts, shift, 64)
+
+
+# --- the bench in another setting
+
+KNOWS = "known_facts" in {one.name for one in fields(Bench)}
+needs_known_facts = pytest.mark.skipif(not KNOWS, reason="Bench has no field known_facts yet")
+
+
+def knowing(count=50, relations=2):
+    known = [Fact(f"p{i}", f"w{i % 7 + 10 * (i % relations)}", (f"p{i} w1",), relation=f"r{i % relations}")
+             for i in range(count)]  # fmt: skip
+    return Bench(toy_model(), [], {"toys": [], "more": []}, {"made": "here"}, known_facts=known)
+
+
+@needs_known_facts
+def test_alternatives_edit_known_facts():
+    bench = knowing()
+    changed = BENCH_SETTINGS["alternatives"](bench, 0)
+    known = {fact.prompt: fact for fact in bench.known_facts}
+    train, new = changed.train_facts, changed.eval_facts["toys"]
+    assert len(train) == len(new) == 20 and changed.eval_facts["more"] == new and changed.lm is bench.lm
+    for fact in train + new:
+        was = known[fact.prompt]
+        pool = {one.answer for one in known.values() if one.relation == was.relation}
+        assert fact.alternative == was.answer != fact.answer in pool
+        assert fact.unrelated_answer == known[fact.unrelated_prompt].answer
+    groups = [{fact.prompt for fact in part} for part in (train, new)]
+    groups += [{fact.unrelated_prompt for fact in part} for part in (train, new)]
+    assert len(set.union(*groups)) == sum(map(len, groups)) == len(known)  # no fact serves twice
+    assert changed.provenance == {"made": "here", "setting": "alternative answers to known facts"}
+    assert bench.eval_facts["toys"] == [] and bench.provenance == {"made": "here"}  # the bench stays as it is
+
+
+@needs_known_facts
+def test_alternatives_are_drawn_by_the_seed():
+    bench = knowing()
+    assert fingerprints(alternatives(bench, 1)) == fingerprints(alternatives(bench, 1))
+    assert fingerprints(alternatives(bench, 1)) != fingerprints(alternatives(bench, 2))
+
+
+@needs_known_facts
+def test_alternatives_need_known_facts():
+    with pytest.raises(ExperimentError, match="names no facts that its language model knows"):
+        alternatives(replace(knowing(), known_facts=[]), 0)
+
+
+@needs_known_facts
+def test_a_setting_is_of_its_experiment_only_and_shares_no_bench(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "toy", Experiment("Toy", "none", "decoder", "None.", setting="alternatives"))
+    bench = replace(toy_bench(), known_facts=knowing().known_facts)
+    plain_cell = replace(cell("MALMEN untrained"), experiment="other")
+    with_setting, without = run([cell("MALMEN untrained"), plain_cell], tmp_path, lambda *place: bench)
+    assert with_setting["bench"]["setting"].startswith("alternative") and "setting" not in without["bench"]
+    assert with_setting["fingerprints"]["language_model"] == without["fingerprints"]["language_model"]
+    assert with_setting["fingerprints"]["train_facts"] != without["fingerprints"]["train_facts"]
+
+
+def test_settings_of_experiments_exist():
+    assert {one.setting for one in EXPERIMENTS.values()} - {""} <= BENCH_SETTINGS.keys()
