@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PEOPLE', 'TOWNS', 'CLAIMS', 'ARCHITECTURES', 'invent_words', 'answer_pools', 'tell_facts', 'invent_world',
-           'tell_claims', 'word_tokenizer', 'TinyConfig', 'TinyGPTJConfig', 'TinyT5Config', 'TinyBERTConfig',
-           'TinyArchitecture', 'tiny_model', 'WorldParts', 'world_parts', 'words_of', 'train_language_model',
-           'known_share', 'Bench', 'cache_folder', 'digest', 'StandInError', 'tiny_bench']
+           'StandInError', 'tell_claims', 'word_tokenizer', 'TinyConfig', 'TinyGPTJConfig', 'TinyT5Config',
+           'TinyBERTConfig', 'TinyArchitecture', 'tiny_model', 'WorldParts', 'world_parts', 'words_of',
+           'train_language_model', 'known_share', 'Bench', 'cache_folder', 'digest', 'tiny_bench']
 
 # %% ../nbs/13_stand_ins.ipynb #4a7a6675
 import hashlib
@@ -16,7 +16,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -128,6 +128,10 @@ def invent_world(
     return tell_facts(names[:people], PEOPLE, pools, rng), tell_facts(places, TOWNS, pools, rng)
 
 # %% ../nbs/13_stand_ins.ipynb #33db8878
+class StandInError(MalmenError, ValueError):
+    "There is no stand-in as asked for."
+
+
 CLAIMS = {  # relation -> wordings
     "birthplace": (
         "[X] was born in [Y]", "[Y] is the birthplace of [X]",
@@ -184,15 +188,16 @@ def tell_claims(
     facts: Sequence[Fact],  # of people or of towns
     seed: int = 0,  # of the coin and of the wrong answers
 ) -> list[Fact]:  # one claim a fact, in the same order; the answer is its label
-    "A true or a false claim of each fact, with its rephrases."
+    "A true or a false claim of each fact, with its rephrases. Raises `StandInError` if nothing false can be said."
     pools: dict[str, list[str]] = {}
     for fact in facts:
         pools.setdefault(fact.relation, []).append(fact.answer)
+    if alike := [relation for relation, answers in pools.items() if len(set(answers)) < 2]:
+        raise StandInError(f"no false claim about {alike[0]} is possible: all facts of it have one answer")
     claims = []
     for fact in facts:
         rng = random.Random(f"{seed} {fact.prompt}")
-        label = rng.choice(LABELS)
-        said = fact.answer
+        label, said = rng.choice(LABELS), fact.answer
         while label == "REFUTES" and said == fact.answer:
             said = rng.choice(pools[fact.relation])
         texts = [text.replace("[X]", fact.subject).replace("[Y]", said) for text in CLAIMS[fact.relation]]
@@ -251,6 +256,9 @@ class TinyT5Config(TinyConfig):
     architecture: ClassVar[str] = "t5"
     layers: int = 1  # in each of the two stacks
     edited: int = 1  # in each
+    heads: int = 8
+    steps: int = 600
+    spread: float = 0.05  # standard deviation of the initial embeddings; at T5's own 1 the start is slow
 
 
 @dataclass(frozen=True)
@@ -258,11 +266,12 @@ class TinyBERTConfig(TinyConfig):
     "BERT's architecture, a judge of claims."
 
     architecture: ClassVar[str] = "bert"
-    known: int = 4000  # claims about people, all of which the model is trained on, beside 1,500 about towns
-    evaluation: int = 1500  # of these claims, kept for evaluation; the rest teaches the editor
-    steps: int = 600
+    known: int = 3000  # claims about people, all of which the model is trained on
+    towns: int = 750  # claims about towns, which it is trained on too
+    evaluation: int = 1024  # claims about people kept for evaluation; the rest teaches the editor
+    steps: int = 700
     learning_rate: float = 2e-3
-    spread: float = 0.08  # standard deviation of the initial weights; at BERT's own 0.02 the start is slow
+    spread: float = 0.15  # standard deviation of the initial weights; at BERT's own 0.02 the start is slow
 
 # %% ../nbs/13_stand_ins.ipynb #727a8fdf
 def _gpt2(config: TinyConfig, words: int) -> PreTrainedModel:
@@ -282,7 +291,11 @@ def _t5(config: TinyT5Config, words: int) -> PreTrainedModel:
     sizes = {"d_model": config.width, "d_kv": config.width // config.heads, "d_ff": config.inner}
     sizes |= {"num_layers": config.layers, "num_heads": config.heads, "dropout_rate": 0}
     ids = {"vocab_size": words, "pad_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
-    return T5ForConditionalGeneration(T5Config(**sizes, **ids))
+    # To transformers this option means T5 1.1, whose outputs are not scaled; the two embeddings are one all the same.
+    model = T5ForConditionalGeneration(T5Config(**sizes, **ids, tie_word_embeddings=False))
+    with torch.no_grad():
+        model.shared.weight.mul_(config.spread)
+    return model
 
 
 def _bert(config: TinyBERTConfig, words: int) -> PreTrainedModel:
@@ -335,7 +348,8 @@ def world_parts(
     if config.architecture != "bert":
         return WorldParts(people[: config.known] + towns, people[config.known :], towns)
     # Appendix A.4 fine-tunes on all claims, also on those that are edited later.
-    claims, towns = tell_claims(people[: config.known], config.seed), tell_claims(towns, config.seed)
+    claims = tell_claims(people[: config.known], config.seed)
+    towns = tell_claims(towns[: config.towns], config.seed)
     return WorldParts(claims + towns, flipped(claims), towns)
 
 
@@ -390,6 +404,7 @@ class Bench:
     train_facts: list[Fact]  # to learn editing from; the model knows none of them
     eval_facts: dict[str, list[Fact]]  # name of a set -> facts to edit; in neither of the other parts
     provenance: dict  # where it all comes from: plain JSON, stands in every record
+    known_facts: list[Fact] = field(default_factory=list)  # that the model was trained on, of the kind that is edited
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
@@ -402,10 +417,6 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
 
 # %% ../nbs/13_stand_ins.ipynb #287e20c2
-class StandInError(MalmenError, ValueError):
-    "There is no stand-in as asked for."
-
-
 def tiny_bench(
     seed: int = 0,  # of the world, of the model's weights and of all draws
     cache_dir: str | Path | None = None,  # see `cache_folder`
@@ -434,7 +445,8 @@ def tiny_bench(
     train_facts = pair_unrelated(edits[:last], [fact.pair for fact in towns[:half]], seed)
     eval_facts = pair_unrelated(edits[last:], [fact.pair for fact in towns[half:]], seed)
     name = "claims" if lm.family.name == "encoder-classifier" else "world"
-    return Bench(lm, train_facts, {name: eval_facts}, json.loads((path / "provenance.json").read_text()))
+    about = json.loads((path / "provenance.json").read_text())
+    return Bench(lm, train_facts, {name: eval_facts}, about, known[: config.known])
 
 
 def _train_tiny(
