@@ -231,7 +231,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "released_code": Experiment(
         "What the released code does otherwise", "notebook 29b", "decoder",
         "MALMEN with one behaviour of the released code each.",
-        {"tiny": Plan({"world": (64,)}, 1, ("MALMEN", *VARIANTS), full_num_facts={"world": (64, 256)})},
+        {"tiny": Plan({"world": (16,)}, 1, ("MALMEN", *VARIANTS), full_num_facts={"world": (64,)})},
         shown_as="variants",
     ),
 }
@@ -587,7 +587,7 @@ def sequence_success(
 
     def right(pairs: Sequence[tuple[str, str]]) -> float:
         said, wanted = answer_predictions(lm, pairs, batch_size)
-        return sum(a == b for a, b in zip(said, wanted, strict=True)) / len(pairs)
+        return sum(a == b for a, b in zip(said, wanted, strict=True)) / len(pairs) if pairs else math.nan
 
     before = right(unrelated)
     with shift.applied(lm):
@@ -644,7 +644,7 @@ def _measure(cell, bench, settings, found, out_dir, progress, done) -> dict[str,
         seconds["editing"] += middle - start
         seconds["evaluation"] += time.perf_counter() - middle
         for name in wanted:
-            extra[name].append(plain(EXTRAS[name](editor, block, shift, scoring.batch_size), 6))
+            extra[name].append(plain(EXTRAS[name](editor, block, shift, scoring.batch_size), 6, True))
     return {
         **scores_of(pooled(parts), [len(block) for block in blocks]),
         **{"learned": learned(editor), "history": story["history"]},
@@ -789,6 +789,7 @@ def alternatives(
     for fact in known:
         answers.setdefault(fact.relation, set()).add(fact.answer)
     pools = {relation: sorted(pool) for relation, pool in answers.items()}
+    known = [fact for fact in known if len(pools[fact.relation]) > 1]  # the others have no alternative
 
     def other(fact: Fact) -> str:
         return rng.choice([answer for answer in pools[fact.relation] if answer != fact.answer])

@@ -63,7 +63,7 @@ def spread(
 ) -> tuple[float, float, float]:  # mean, lower and upper end; NaN if nothing was scored
     "Mean with the sample's standard deviation over seeds to both sides; the bootstrap interval if there is one seed."
     means = [math.nan if score["mean"] is None else score["mean"] for score in scores]
-    if not means:
+    if not means or any(mean != mean for mean in means):
         return math.nan, math.nan, math.nan
     if len(means) == 1:
         low, high = (math.nan if end is None else end for end in scores[0]["interval"])

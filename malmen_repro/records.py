@@ -123,14 +123,16 @@ def peak_memory(
 # %% ../nbs/14_records.ipynb #7fff5c6b
 def plain(
     value: Any,  # a number, text, list or dictionary
-    digits: int = 4,  # of floating-point numbers, decimal places
+    digits: int = 4,  # of floating-point numbers: decimal places
+    significant: bool = False,  # count digits from the first that is not zero
 ) -> Any:  # plain JSON
     "Round, and turn NaN and infinity into null."
     if isinstance(value, float):
-        return round(value, digits) if math.isfinite(value) else None
+        rounded = float(f"{value:.{digits}g}") if significant else round(value, digits)
+        return rounded if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {name: plain(item, digits) for name, item in value.items()}
-    return [plain(item, digits) for item in value] if isinstance(value, (list, tuple)) else value
+        return {name: plain(item, digits, significant) for name, item in value.items()}
+    return [plain(item, digits, significant) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_record(

@@ -24,7 +24,7 @@ from tests.test_training import make_editor
 from tests.toy import toy_facts, toy_model
 
 
-@pytest.fixture(params=EDITORS.values(), ids=EDITORS)
+@pytest.fixture(params=[MEND, MALMEN], ids=lambda kind: kind.method)
 def editor(request):
     "An editor off its starting point, with moments."
     editor = make_editor(request.param, torch.float32)

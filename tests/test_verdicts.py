@@ -221,9 +221,9 @@ def test_breaks_down_without_records_of_it():
     assert breaks_down([record()]) is None
 
 
-@pytest.mark.xfail(raises=KeyError, reason="only a singular matrix has a condition")
 def test_breaks_down_in_another_way():
-    assert "NonFiniteShiftError" in breaks_down([broken(error="NonFiniteShiftError")]).ours
+    found = breaks_down([broken(error="NonFiniteShiftError")])
+    assert found.verdict == "below" and found.ours == "0 of 1 seeds end in a singular matrix"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,6 @@ def test_residual_ratio(ratio, expected):
     assert found == Finding(f"{ratio:.3g} at m = 64", expected)
 
 
-@pytest.mark.xfail(raises=ZeroDivisionError, reason="records round residuals to six places")
 def test_residual_ratio_of_a_perfect_fit():
     assert residual_ratio(fig8({16: 1.0}, {16: 0.0})).verdict == "above"
 
