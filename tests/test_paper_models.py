@@ -3,12 +3,14 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from malmen_repro import paper_models
-from malmen_repro.editors import MALMEN, EditorConfig
+from malmen_repro.editors import MALMEN, MEND, EditorConfig
 from malmen_repro.facts import MalmenError
 from malmen_repro.fine_tuning import fine_tuned_layers
 from malmen_repro.keys_and_gradients import capture
@@ -17,21 +19,35 @@ from malmen_repro.paper_models import (
     HYPER_PARAMETERS,
     PAPER_MODELS,
     SPECIAL_TOKENS,
-    CheckpointNotFoundError,
+    Item,
+    ModelNotFoundError,
     PaperModelError,
+    Run,
+    activation_memory,
     architecture,
-    check_checkpoint,
+    cached_tokens,
+    check_model,
     cost,
     cost_table,
     edited_layers,
     find_model,
+    hours,
     hyper_network_size,
+    layer_operations,
+    linear_sizes,
+    needs_table,
     paper_model,
+    passes,
     random_model,
     random_tokenizer,
+    run_disk,
+    run_hours,
+    run_memory,
+    scoring_operations,
     shapes_of,
     skeleton,
     step_memory,
+    step_operations,
     tuned_layers,
 )
 from malmen_repro.training import Block, TrainingConfig, cache_tokens, infer, make_optimizer, meta_gradient
@@ -99,7 +115,7 @@ def test_every_function_refuses_an_unknown_model(function):
 
 
 def test_errors_are_the_packages():
-    assert issubclass(PaperModelError, MalmenError) and issubclass(CheckpointNotFoundError, (MalmenError, OSError))
+    assert issubclass(PaperModelError, MalmenError) and issubclass(ModelNotFoundError, (MalmenError, OSError))
 
 
 def test_hyper_parameters_are_the_defaults():
@@ -277,18 +293,27 @@ def test_a_vocabulary_without_room_for_bytes_is_refused():
 
 
 def test_an_unreachable_hub_is_said_at_once():
-    with pytest.raises(CheckpointNotFoundError, match="EleutherAI/gpt-j-6b.*random_model"):
+    with pytest.raises(ModelNotFoundError, match="EleutherAI/gpt-j-6b.*--random-weights"):
         paper_model("GPT-J")
 
 
-@pytest.mark.parametrize("source", ["no such name", "nobody/nothing-of-this-name", ""])
-def test_names_that_lead_nowhere(source):
-    with pytest.raises(CheckpointNotFoundError):
-        check_checkpoint(source)
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("no such name", "no folder no such name, and no model on the hub can have that name$"),
+        ("nobody/nothing-of-this-name", "'nobody/nothing-of-this-name' is not on this machine.*or go online$"),
+        ("google/t5-xl-ssm-nq", "or go online; its shapes with random weights.*reproduce --random-weights$"),
+        ("", "no config.json"),
+    ],
+)
+def test_names_that_lead_nowhere(name, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError, match=says):
+        check_model(name)
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(CheckpointNotFoundError, match="no config.json"):
+    with pytest.raises(ModelNotFoundError, match="no config.json"):
         paper_model("GPT-2", str(tmp_path))
 
 
@@ -338,7 +363,7 @@ def test_a_head_at_random_is_refused_unless_asked_for(saved, tmp_path):
 
 def test_a_damaged_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(CheckpointNotFoundError, match="cannot be loaded"):
+    with pytest.raises(ModelNotFoundError, match="cannot be loaded"):
         paper_model("GPT-2", str(tmp_path), "cpu")
 
 
@@ -413,6 +438,137 @@ def test_the_table_has_a_row_a_model():
     assert len(lines) == 6 and {line.count("|") for line in lines} == {13}
     assert [line.split("|")[1].strip() for line in lines[2:]] == NAMES
     assert all(math.isfinite(float(line.split("|")[-2])) for line in lines[2:])
+
+
+def test_all_tokens_are_more(skeletons):
+    assert cached_tokens("decoder", "x", 12, 4) == 4 and cached_tokens("decoder", "x", 12, 4, "all") == 15
+    assert cached_tokens("encoder-classifier", "x", 12, 4, "all") == 12
+    assert cached_tokens("encoder-decoder", "decoder.x", 12, 4, "all") == 4
+    assert set(cost("GPT-J", 8192, which="all").tokens.values()) == {8192 * 15}
+
+
+# --- operations
+
+
+def counted():
+    """PyTorch's counter. Without its table by module, whose hooks do not bear gradients taken by a module's output."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = SimpleNamespace(__enter__=lambda: None, __exit__=lambda: None, parents={"Global"})
+    return counter
+
+
+@pytest.mark.parametrize("method", ["MALMEN", "MEND"])
+@pytest.mark.parametrize("count", [2, 30])
+@pytest.mark.parametrize("name", NAMES)
+def test_operations_of_a_step_are_those_that_are_counted(name, count, method):
+    lm = small(name)
+    lm.model.set_attn_implementation("eager")  # the counter does not know the fused attention of CPUs
+    pairs = lm.encode(pairs_for(name)[:1]) * count
+    editor = {"MALMEN": MALMEN, "MEND": MEND}[method](lm, EditorConfig(rank=5, blocks=3))
+    with counted() as counter:
+        meta_gradient(editor, Block(pairs, pairs, pairs), TrainingConfig())
+    lengths = len(pairs[0].prompt), len(pairs[0].answer)
+    found = step_operations(lm.model, [*lm.layers], count, *lengths, method, config=editor.config)
+    assert sum(found.values()) - found["factors"] == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert (found["factors"] == 0) == (method == "MEND")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_pass_is_counted_exactly(name):
+    lm = small(name)
+    lm.model.set_attn_implementation("eager")
+    pairs = lm.encode(pairs_for(name)[:1])
+    with counted() as counter, torch.no_grad():
+        lm.answer_logits(next(lm.batches(pairs)))
+    found = passes(lm.model, [*lm.layers], len(pairs[0].prompt), len(pairs[0].answer))
+    assert found["forward"] == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_stops_at_the_lowest_edited_layer(name, skeletons):
+    found = passes(skeletons[name], list(edited_layers(name, skeletons[name])), 12, 4)
+    assert 0 < found["backward"] < found["forward"] or name == "T5-XL"
+    top = passes(skeletons[name], list(edited_layers(name, skeletons[name]))[-1:], 12, 4)
+    assert top["backward"] < found["backward"] and top["forward"] == found["forward"]
+
+
+def test_a_decoder_costs_about_twice_its_weights_a_token(skeletons):
+    model = skeletons["GPT-J"]
+    inner = model.num_parameters() - 2 * 50400 * 4096
+    found = passes(model, list(edited_layers("GPT-J", model)), 13, 1)
+    assert found["forward"] / 13 == pytest.approx(2 * inner, rel=0.1)
+
+
+def test_linear_sizes_of_t5(skeletons):
+    sizes = linear_sizes(skeletons["T5-XL"], 12, 4)
+    assert sizes["encoder.block.0.layer.0.SelfAttention.q"] == (12, 2048, 2048)
+    assert sizes["decoder.block.0.layer.1.EncDecAttention.k"] == (12, 2048, 2048)
+    assert sizes["decoder.block.0.layer.1.EncDecAttention.q"] == (4, 2048, 2048)
+    assert list(sizes)[-1] == "lm_head" and sizes["lm_head"] == (4, 2048, 32128)
+
+
+def test_the_normal_equation_takes_the_smaller_side():
+    dual, primal = (layer_operations(n, (6, 8), config=EditorConfig(rank=1, blocks=1)) for n in (4, 16))
+    assert dual == {"float32": 14 * 4 * 14, "float64": 2 * 8 * 4**2 + 6 * 4 * 48, "factors": 4**3 / 3 + 4 * 16 * 6}
+    assert primal["float64"] == 2 * 16 * 8**2 + 6 * 16 * 48 and primal["factors"] == 8**3 / 3 + 4 * 64 * 6
+    assert layer_operations(4, (6, 8), "MEND", EditorConfig(rank=1, blocks=1)) == {"float32": 14 * 56 + 8 * 4 * 48}
+    edit = layer_operations(4, (6, 8), config=EditorConfig(rank=1, blocks=1), training=False)
+    assert edit["float32"] == 4 * 56 and edit["float64"] < dual["float64"] and edit["factors"] < dual["factors"]
+
+
+def test_operations_grow_with_facts(skeletons):
+    model = skeletons["GPT-2"]
+    layers = list(edited_layers("GPT-2", model))
+    few, many = (step_operations(model, layers, m) for m in (64, 128))
+    assert many["language model"] == 2 * few["language model"] and many["float64"] > 2 * few["float64"]
+    everything = step_operations(model, layers, 64, which="all")
+    assert everything["language model"] == few["language model"] and everything["float32"] > few["float32"]
+    small_m, large_m = (scoring_operations(model, layers, m) for m in (16, 256))
+    assert small_m["language model"] == large_m["language model"]  # at least 256 facts are scored
+    assert scoring_operations(model, layers, 64, method="FT")["float64"] == 0
+
+
+# --- what each item needs
+
+
+def test_hours_are_operations_over_speed():
+    assert hours({"language model": 312e12 * 0.3 * 3600}, torch.bfloat16) == pytest.approx(1)
+    assert hours({"float32": 19.5e12 * 0.3 * 3600}, torch.bfloat16) == pytest.approx(1)
+    assert hours({"factors": 9.7e12 * 0.3 * 1800, "float64": 19.5e12 * 0.3 * 1800}, torch.float32) == pytest.approx(1)
+    assert hours({}, torch.float32) == 0
+
+
+def test_runs(skeletons):
+    model, run = skeletons["GPT-2"], Run(512, steps=100)
+    training, scoring = run_hours("GPT-2", run, model)
+    assert training > 0 < scoring
+    assert run_hours("GPT-2", replace(run, steps=200), model)[0] == pytest.approx(2 * training)
+    assert run_hours("GPT-2", Run(512, "FT"), model)[0] == 0 < run_hours("GPT-2", Run(512, "FT"), model)[1]
+    assert run_disk("GPT-2", Run(512, "FT")) == 0
+    assert run_disk("GPT-2", run) == 3 * run_disk("GPT-2", replace(run, seeds=1)) > 0
+    assert run_disk("GPT-2", replace(run, rank=1, blocks=1)) < run_disk("GPT-2", run) / 100
+    assert run_memory("GPT-2", run, model) > cost("GPT-2", 512).training
+    assert run_hours("GPT-2", replace(run, layers="first"), model)[0] != training
+
+
+def test_activations_grow_with_rows(skeletons):
+    layers = list(edited_layers("GPT-J", skeletons["GPT-J"]))
+    one, two = (activation_memory(skeletons["GPT-J"], layers, rows) for rows in (32, 64))
+    assert two == pytest.approx(2 * one)
+    assert activation_memory(skeletons["GPT-J"], layers[-1:], 64) < two
+
+
+def test_needs_table(skeletons):
+    runs = (Run(8192, steps=30), Run(8192, "MEND", steps=30), Run(16384, steps=15), Run(64, "FT"))
+    one = Item("scaling_gptj", "Fig. 7", "GPT-J", runs)
+    two = Item("failures", "Tables 4 and 5", "GPT-J", (Run(8192, steps=30, seeds=1),))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in needs_table([one, two]).splitlines()]
+    assert {len(line) for line in lines} == {10} and len(lines) == 5
+    assert lines[2][1] == "`malmen-repro reproduce scaling_gptj --tier paper --data DIR`"
+    assert lines[2][2:4] == ["GPT-J", "16,384"] and lines[2][6] == "9" and lines[2][9] == "12.25 (section 5.1, A100)"
+    assert lines[3][9] == "4.4 (Table 2, A40)" and lines[3][6] == "1"
+    alone = [float(line[7]) for line in lines[2:4]]
+    assert float(lines[4][7]) < sum(alone) + 1  # the editor of the second item is one of the first's
 
 
 def test_public_names_are_there():
