@@ -338,8 +338,8 @@ def draw_residuals(
                 logarithmic_axis(ax, sorted({row["num_facts"] for row in ours}))
                 ax.set_title(f"{data_set}: {'each in its own way' if first else f'one editor, two ways: {name}'}")
                 ax.set_ylabel("mean residual" if name == "residual" else "share that survives")
-                if name == "residual":
-                    ax.set_yscale("log")
+                # A sum's share runs from far below 0 to far above 1, beside the normal equation's between them.
+                ax.set_yscale("log") if name == "residual" else ax.set_yscale("symlog", linthresh=1)
                 ax.legend(fontsize=8)
     return figure
 

@@ -213,7 +213,7 @@ def test_breaks_down(whole, expected):
     name = "MALMEN, no regularisation"
     made = [record(name, seed=seed) if seed < whole else broken(name, seed=seed) for seed in (0, 1)]
     found = breaks_down([record(), *made])
-    assert found.verdict == expected and found.ours.startswith(f"{2 - whole} of 2 seeds break down")
+    assert found.verdict == expected and found.ours.startswith(f"{2 - whole} of 2 seeds end in a singular matrix")
     assert ("40 tokens, key size 96" in found.ours and "condition infinite" in found.ours) == (whole < 2)
 
 
@@ -366,8 +366,8 @@ def test_sometimes_right(right, expected):
 
 
 @pytest.mark.parametrize("test", [same_errors, single_tokens, sometimes_right])
-def test_without_a_single_wrong_edit_nothing_is_reproduced(test):
-    assert test([failure_record(failure_block())]).verdict == "below"
+def test_without_a_single_wrong_edit_nothing_can_be_said(test):
+    assert test([failure_record(failure_block())]) is None
 
 
 # --- the statements
