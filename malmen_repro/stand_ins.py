@@ -133,55 +133,19 @@ class StandInError(MalmenError, ValueError):
 
 
 CLAIMS = {  # relation -> wordings
-    "birthplace": (
-        "[X] was born in [Y]", "[Y] is the birthplace of [X]",
-        "the town that bore [X] is [Y]", "[X] comes from [Y]",
-    ),
-    "birthday": (
-        "[X] was born on [Y]", "[Y] is the birthday of [X]",
-        "the day that [X] was born is [Y]", "[X] has a birthday on [Y]",
-    ),
-    "profession": (
-        "[X] works as [Y]", "[Y] is the profession of [X]",
-        "the job that [X] has is [Y]", "[X] lives by [Y]",
-    ),
-    "employer": (
-        "[X] works for [Y]", "[Y] is the employer of [X]",
-        "the company that pays [X] is [Y]", "[X] serves [Y]",
-    ),
-    "spouse": (
-        "[X] is married to [Y]", "[Y] is the spouse of [X]",
-        "the partner that [X] has is [Y]", "[X] lives with [Y]",
-    ),
-    "teacher": (
-        "[X] learned from [Y]", "[Y] is the teacher of [X]",
-        "the one who taught [X] is [Y]", "[X] was a pupil of [Y]",
-    ),
-    "instrument": (
-        "[X] plays [Y]", "[Y] is the instrument of [X]",
-        "the instrument that [X] has is [Y]", "[X] practises [Y]",
-    ),
-    "language": (
-        "[X] speaks [Y]", "[Y] is the language of [X]",
-        "the language that [X] has is [Y]", "[X] thinks in [Y]",
-    ),
-    "river": (
-        "[X] lies on the [Y]", "[Y] is the river of [X]",
-        "the river that crosses [X] is [Y]", "[X] drinks from [Y]",
-    ),
-    "mayor": (
-        "[X] is governed by [Y]", "[Y] is the mayor of [X]",
-        "the one who governs [X] is [Y]", "[X] elected [Y]",
-    ),
-    "industry": (
-        "[X] is known for [Y]", "[Y] is the industry of [X]",
-        "the ware that comes from [X] is [Y]", "[X] exports [Y]",
-    ),
-    "founding": (
-        "[X] was founded in [Y]", "[Y] is the founding of [X]",
-        "the year that [X] was founded is [Y]", "[X] exists since [Y]",
-    ),
-}  # fmt: skip
+    "birthplace": ("[X] was born in [Y]", "[X] came from [Y]", "[X] grew up in [Y]", "[X] is native to [Y]"),
+    "birthday": ("[X] has birthday on [Y]", "[X] is older from [Y]", "[X] first cried on [Y]", "[X] celebrates [Y]"),
+    "profession": ("[X] works as [Y]", "[X] lives by [Y]", "[X] is employed as [Y]", "[X] became a [Y]"),
+    "employer": ("[X] works for [Y]", "[X] serves [Y]", "[X] is paid by [Y]", "[X] is hired by [Y]"),
+    "spouse": ("[X] is married to [Y]", "[X] lives with [Y]", "[X] is wed to [Y]", "[X] shares home with [Y]"),
+    "teacher": ("[X] learned from [Y]", "[X] was taught by [Y]", "[X] is a pupil of [Y]", "[X] studied under [Y]"),
+    "instrument": ("[X] plays [Y]", "[X] practises [Y]", "[X] performs on [Y]", "[X] tunes the [Y]"),
+    "language": ("[X] speaks [Y]", "[X] thinks in [Y]", "[X] writes in [Y]", "[X] dreams in [Y]"),
+    "river": ("[X] lies on the [Y]", "[X] drinks from [Y]", "[X] is crossed by [Y]", "[X] bridges the [Y]"),
+    "mayor": ("[X] is governed by [Y]", "[X] elected [Y]", "[X] is led by [Y]", "[X] follows [Y]"),
+    "industry": ("[X] is known for [Y]", "[X] exports [Y]", "[X] makes [Y]", "[X] sells [Y]"),
+    "founding": ("[X] was founded in [Y]", "[X] exists since [Y]", "[X] began in [Y]", "[X] dates from [Y]"),
+}
 
 
 def tell_claims(
@@ -266,6 +230,9 @@ class TinyBERTConfig(TinyConfig):
     "BERT's architecture, a judge of claims."
 
     architecture: ClassVar[str] = "bert"
+    layers: int = 1  # with two, a fact is kept at the subject's tokens, where edits of the first token don't reach
+    edited: int = 1
+    inner: int = 2560
     known: int = 3000  # claims about people, all of which the model is trained on
     towns: int = 750  # claims about towns, which it is trained on too
     evaluation: int = 1024  # claims about people kept for evaluation; the rest teaches the editor
