@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OTHERS', 'MAIN_EXAMPLES', 'REPRODUCE_EXAMPLES', 'TRAIN_EXAMPLES', 'EDIT_EXAMPLES', 'EVALUATE_EXAMPLES', 'UsageError',
-           'reproduce', 'experiments_called', 'show', 'list_experiments', 'training_facts', 'note', 'train', 'edit',
-           'editor_layers', 'evaluate', 'score_table', 'positive', 'parser', 'main', 'quiet_libraries']
+           'reproduce', 'experiments_called', 'show', 'list_experiments', 'tune', 'training_facts', 'note', 'train',
+           'edit', 'editor_layers', 'evaluate', 'score_table', 'positive', 'parser', 'main', 'quiet_libraries']
 
 # %% ../nbs/17_command_line.ipynb #c5f66cdd
 import argparse
@@ -158,6 +158,17 @@ def list_experiments(
         print(markdown_table(header, rows) + "\n")
     for name, (figure, tiers, how) in OTHERS.items():
         print(f"{name} ({figure}): {how.__doc__} Tiers: {', '.join(tiers)}\n")
+
+# %% ../nbs/17_command_line.ipynb #ab209534
+def tune(
+    args: argparse.Namespace,  # data, out, device, quiet
+) -> None:
+    "Fine-tune BERT-base on FEVER (Appendix A.4), which the paper tier's classifier needs."
+    from malmen_repro.benches import MissingDataError, tune_classifier
+
+    if args.data is None:
+        raise MissingDataError("fine-tuning needs FEVER: give its folder with --data, or set MALMEN_DATA")
+    print(f"Classifier: {tune_classifier(args.data, args.out, device=args.device, progress=not args.quiet)}")
 
 # %% ../nbs/17_command_line.ipynb #6076790b
 def training_facts(
@@ -423,6 +434,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--editor", required=True, type=Path, metavar="DIR", help="what `train` wrote")
     one.add_argument("--out", required=True, type=Path, metavar="FILE", help="shift file (safetensors)")
     one.add_argument("--merge-into", type=Path, metavar="DIR", help="write an edited copy of the model here too")
+    summary = "fine-tune BERT-base on FEVER for the paper tier (Appendix A.4)"
+    tuning = _command(commands, "tune", tune, summary, "")
+    data = os.environ.get("MALMEN_DATA") or None
+    tuning.add_argument("--data", type=Path, default=data, metavar="DIR", help="FEVER's folder (default: $MALMEN_DATA)")
+    tuning.add_argument("--out", type=Path, metavar="DIR", help="for the model (default: bert-fever in the data folder)")
+    tuning.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: the accelerator if there is one)")
     summary = "score a shift, or an unedited model, on a file of facts"
     two = _command(commands, "evaluate", evaluate, summary, EVALUATE_EXAMPLES)
     _model_options(two)
