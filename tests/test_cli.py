@@ -354,9 +354,11 @@ def test_reproduce_runs_prints_and_draws(toy_tier, capsys):
 
 def test_reproduce_all_by_default_and_in_the_default_folder(toy_tier, capsys, monkeypatch):
     monkeypatch.setattr(experiments, "EXPERIMENTS", dict(list(EXPERIMENTS.items())[:2]))
+    monkeypatch.setattr(cli, "OTHERS", {"procedures": cli.OTHERS["procedures"]})
     assert call("reproduce --seeds 1 --ms 2 --quiet") == 0
     for name, experiment in experiments.EXPERIMENTS.items():
         assert ("tiny" not in experiment.plans) or list(Path("runs/tiny", name).glob("*.json"))
+    assert len(list(Path("runs/figures").glob("procedures-fig[123].svg"))) == 3
 
 
 def test_reproduce_shows_progress(toy_tier, capsys):
@@ -429,3 +431,32 @@ def test_list_counts_records(toy_tier, capsys):
     rows = text[text.index("scaling_decoder (") :].splitlines()
     row = next(row for row in rows if row.startswith("| tiny"))
     assert row.rstrip(" |").endswith("4")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("fig5", ["scaling_decoder"]),
+        ("Fig. 9", ["memory"]),
+        ("figure 2", ["procedures"]),
+        ("table4", ["failures"]),
+        ("table1", ["ablations_classifier", "ablations_decoder", "ablations_encoder_decoder"]),
+        ("memory", ["memory"]),
+        ("cancellation", ["cancellation"]),
+    ],
+)
+def test_items_are_called_by_figure_or_table_too(asked, expected):
+    assert cli.experiments_called(asked) == expected
+
+
+def test_random_weights_are_a_tier_of_their_own(toy_tier, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "show", lambda *args: None)
+    asked = []
+    monkeypatch.setattr(experiments, "run_cells", lambda cells, *args, **options: asked.extend(cells))
+    assert call("reproduce fig5 --tier paper --random-weights --quiet") == 0
+    assert {cell.tier for cell in asked} == {"shapes"} and {cell.method for cell in asked} == {"MALMEN"}
+
+
+def test_tuning_needs_data(capsys, monkeypatch):
+    monkeypatch.delenv("MALMEN_DATA", raising=False)
+    assert "--data" in fails(capsys, "tune")
