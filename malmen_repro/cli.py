@@ -439,8 +439,8 @@ def parser() -> argparse.ArgumentParser:
     summary = "fine-tune BERT-base on FEVER for the paper tier (Appendix A.4)"
     tuning = _command(commands, "tune", tune, summary, "")
     data = os.environ.get("MALMEN_DATA") or None
-    tuning.add_argument("--data", type=Path, default=data, metavar="DIR", help="FEVER's folder (default: $MALMEN_DATA)")
-    tuning.add_argument("--out", type=Path, metavar="DIR", help="for the model (default: bert-fever in the data folder)")
+    tuning.add_argument("--data", type=Path, default=data, metavar="DIR", help="with fever/ (default: $MALMEN_DATA)")
+    tuning.add_argument("--out", type=Path, metavar="DIR", help="for the model (default: DIR/bert-fever of the data)")
     tuning.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: the accelerator if there is one)")
     summary = "score a shift, or an unedited model, on a file of facts"
     two = _command(commands, "evaluate", evaluate, summary, EVALUATE_EXAMPLES)
