@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 from .facts import Fact, MalmenError, NoFactsError, drop_repeats, flipped, load_facts, pair_unrelated
 from .language_models import EncodedPair, LanguageModel, feed_forward
 from malmen_repro.paper_models import (
-    HUB_PATIENCE,
     PAPER_MODELS,
     ModelNotFoundError,
     check_model,

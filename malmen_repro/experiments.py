@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .benches import TIERS, TRAIN_FACTS, BenchFor
+from .benches import TRAIN_FACTS, BenchFor
 from .editors import MALMEN, MEND, Editor, EditorConfig
 from .evaluation import Scores, answer_predictions, evaluate, share
 from .facts import Fact, MalmenError, Pair, pair_unrelated

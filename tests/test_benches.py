@@ -126,7 +126,7 @@ def test_the_hubs_refusal_is_told_in_a_line(monkeypatch, message, reason):
     import huggingface_hub
 
     def model_info(self, name, timeout):
-        assert timeout == benches.HUB_PATIENCE
+        assert timeout == paper_models.HUB_PATIENCE
         raise TimeoutError(message)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)

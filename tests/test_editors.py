@@ -7,7 +7,6 @@ import torch
 from tokenizers.normalizers import Replace
 
 from malmen_repro.editors import (
-    EDITORS,
     MALMEN,
     MEND,
     EditorConfig,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from malmen_repro import benches, experiments
+from malmen_repro.benches import TIERS
 from malmen_repro.editors import EditorConfig, NonFiniteShiftError
 from malmen_repro.evaluation import MEASURES, Scores, evaluate
 from malmen_repro.experiments import (
@@ -19,7 +20,6 @@ from malmen_repro.experiments import (
     FAILURES,
     MAIN_METHODS,
     METHODS,
-    TIERS,
     Bench,
     Cell,
     CellError,

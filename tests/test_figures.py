@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from malmen_repro import figures
-from malmen_repro.experiments import EXPERIMENTS, METHODS, TIERS
+from malmen_repro.benches import TIERS
+from malmen_repro.experiments import EXPERIMENTS, METHODS
 from malmen_repro.figures import (
     MARKERS,
     OWN_WAY,

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from malmen_repro import records
+from malmen_repro.benches import TIERS
 from malmen_repro.cli import OTHERS
-from malmen_repro.experiments import EXPERIMENTS, METHODS, TIERS, Cell
+from malmen_repro.experiments import EXPERIMENTS, METHODS, Cell
 from malmen_repro.facts import Fact, MalmenError
 from malmen_repro.records import (
     RecordConflictError,
