@@ -287,7 +287,7 @@ def test_every_way_belongs_to_a_method():
 
 def test_draw_residuals():
     figure = draw_residuals(fig8("a") + fig8("b", seeds=(0,)))
-    assert len(figure.axes) == 6 and [ax.get_yscale() for ax in figure.axes] == ["log", "log", "linear"] * 2
+    assert len(figure.axes) == 6 and [ax.get_yscale() for ax in figure.axes] == ["log", "log", "symlog"] * 2
     own, both, survives = figure.axes[:3]
     texts = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in (own, both)]
     assert texts[0] == ["MALMEN (normal equation)", "MEND (sum)"]
