@@ -351,8 +351,9 @@ def verdict_table(
     items: Sequence[str],  # figures and tables of the paper
     tiers: Sequence[str] = ("tiny", "small", "paper"),
     directory: Path | None = None,  # of records; None for the committed ones
+    silent_too: bool = True,  # a row for the tiers that say nothing
 ) -> str:  # markdown
-    "Statement, tolerance, and what each tier says; tiers without any record of an item are left to the last column."
+    "Statement, tolerance, and what each tier says; tiers without a record of an item share a last row."
     rows = []
     for statement in (one for one in STATEMENTS if one.item in items):
         answers = {tier: verdict(statement, tier, directory) for tier in tiers}
@@ -360,6 +361,6 @@ def verdict_table(
         for tier in (tier for tier in tiers if tier not in silent):
             ours, text = answers[tier]
             rows.append([statement.item, statement.says, statement.tolerance, tier, ours, text])
-        if silent:
+        if silent and silent_too:
             rows.append([statement.item, statement.says, statement.tolerance, ", ".join(silent), "–", "not run"])
     return markdown_table(["item", "the paper", "counts as the same", "tier", "ours", "verdict"], rows)
