@@ -32,8 +32,8 @@ from malmen_repro.paper_models import (
     paper_model,
     random_model,
 )
-from .stand_ins import Bench, digest, invent_world, tell_claims
-from .training import TrainingError
+from .stand_ins import Bench, digest, invent_world, tell_claims, words_of
+from .training import TrainingError, read_checkpoint, write_checkpoint
 
 # %% ../nbs/14a_benches.ipynb #e910ba8d
 class BenchError(MalmenError, ValueError):
@@ -227,9 +227,8 @@ def shapes_bench(
     if family == "classifier":
         people, towns = flipped(tell_claims(people, seed)), tell_claims(towns, seed)
     half = len(people) // 2
-    texts = [text for fact in people + towns for text in (fact.prompt, *fact.equivalent_prompts, fact.answer)]
     name, others = FAMILIES[family].paper_model, [fact.pair for fact in towns]
-    lm = random_model(name, "cuda" if torch.cuda.is_available() else "cpu", seed=seed, texts=texts)
+    lm = random_model(name, "cuda" if torch.cuda.is_available() else "cpu", seed=seed, texts=words_of(people + towns))
     parts = [pair_unrelated(part, others, seed) for part in (people[:half], people[half:])]
     about = {"language_model": f"{name}'s shapes, random weights", "seed": seed}
     return Bench(lm, parts[0], {"world": parts[1]}, about)
@@ -300,7 +299,11 @@ def fine_tune_classifier(
         raise NoFactsError("there are no claims to fine-tune on; give at least one")
     optimizer = torch.optim.Adam(lm.model.parameters(), lr=config.learning_rate)
     run = {**asdict(config), "claims": digest([fact.pair for fact in claims])}
-    history = [] if checkpoint is None else _resumed(lm, optimizer, Path(checkpoint), run)
+    state = None if checkpoint is None else read_checkpoint(Path(checkpoint), run, lm.device, free="epochs")
+    if state is not None:
+        lm.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    history = state["history"] if state else []
     lm.model.requires_grad_(True).train()
     try:
         with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
@@ -308,7 +311,8 @@ def fine_tune_classifier(
                 torch.manual_seed(random.Random(f"{config.seed}/{epoch}/dropout").getrandbits(32))
                 history.append(_tuned_epoch(lm, encoded, config, epoch, optimizer, progress))
                 if checkpoint is not None:
-                    _keep(lm, optimizer, history, Path(checkpoint), run)
+                    now = {"model": lm.model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+                    write_checkpoint(Path(checkpoint), run, now)
     finally:
         lm.model.requires_grad_(False).eval()
     return history
@@ -339,31 +343,6 @@ def _tuned_epoch(
             raise TrainingError(f"the loss of epoch {epoch + 1} is {loss}: lower the rate {config.learning_rate:g}")
     found = {"loss": loss / len(claims), "accuracy": right / len(claims)}
     return {"epoch": epoch + 1, **found, "seconds": round(time.perf_counter() - begin, 3)}
-
-
-def _keep(lm: LanguageModel, optimizer: torch.optim.Optimizer, history: list[dict], path: Path, run: dict) -> None:
-    "Write a checkpoint in one move."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    state = {"model": lm.model.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "run": run}
-    torch.save(state, part)
-    part.replace(path)
-
-
-def _resumed(lm: LanguageModel, optimizer: torch.optim.Optimizer, path: Path, run: dict) -> list[dict]:
-    "Go on from a checkpoint if there is one. Raises `TrainingError` if it belongs to another run or is damaged."
-    if not path.exists():
-        return []
-    try:
-        state = torch.load(path, map_location=lm.device, weights_only=True)
-        theirs = state["run"]
-    except Exception as error:  # torch.load raises many kinds
-        raise TrainingError(f"the checkpoint {path} is damaged; remove it to start anew") from error
-    if different := [name for name in run if name != "epochs" and theirs.get(name) != run[name]]:
-        raise TrainingError(f"the checkpoint {path} belongs to another run: {', '.join(different)} differ")
-    lm.model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["history"]
 
 # %% ../nbs/14a_benches.ipynb #969a50ff
 def tune_classifier(

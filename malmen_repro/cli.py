@@ -166,10 +166,8 @@ def tune(
     args: argparse.Namespace,  # data, out, device, quiet
 ) -> None:
     "Fine-tune BERT-base on FEVER (Appendix A.4), which the paper tier's classifier needs."
-    from malmen_repro.benches import MissingDataError, tune_classifier
+    from malmen_repro.benches import tune_classifier
 
-    if args.data is None:
-        raise MissingDataError("fine-tuning needs FEVER: give its folder with --data, or set MALMEN_DATA")
     print(f"Classifier: {tune_classifier(args.data, args.out, device=args.device, progress=not args.quiet)}")
 
 # %% ../nbs/17_command_line.ipynb #6076790b

@@ -254,13 +254,13 @@ def variants_table(
     rows, points = [], scaling_points(records)
     for p in points:
         name = ROW_NAMES.get(p["method"], p["method"])
-        hours = mean_of(records, p, lambda record: record["seconds"].get("training", math.nan))
+        seconds = mean_of(records, p, lambda record: record["seconds"].get("training", math.nan))
         if p["failure"]:
             f = p["failure"]
             reason = f"{f['error']}: {f['tokens']} tokens < {f['key_size']}" if "tokens" in f else f["error"]
             rows.append([p["data_set"], p["num_facts"], name, "–", "–", "–", "–", reason, p["seeds"]])
         else:
-            time = f"{hours:.0f} s" if hours == hours else "–"
+            time = f"{seconds:.0f} s" if seconds == seconds else "–"
             rows.append([p["data_set"], p["num_facts"], name, *(shown(p, m) for m in PAPER_MEASURES),
                          shown(p, "LS before"), time, p["seeds"]])
     header = ["set", "m", "variant", *PAPER_MEASURES, "LS before", "training", "seeds"]

@@ -215,6 +215,14 @@ class Family:
         "The positions of a layer that are cached: those that output the answer, or all that are not padding."
         return batch.answer_mask if tokens == "answer" else batch.inputs["attention_mask"].bool()
 
+    def answer_logits(
+        self,
+        batch: TokenBatch,  # on the model's device
+    ) -> Float[Tensor, "tokens vocabulary"]:  # in the order of `batch.labels`
+        "The logits that predict the answer tokens; no other position reaches the vocabulary."
+        with gathered(self.model.get_output_embeddings(), batch.answer_mask):
+            return self.model(**batch.inputs, use_cache=False).logits
+
 # %% ../nbs/01_language_models.ipynb #ae106d8a
 class Decoder(Family):
     "Decoder language models (GPT-2, GPT-J and their descendants): the answer continues the prompt after a space."
@@ -253,14 +261,6 @@ class Decoder(Family):
         for i, pair in enumerate(pairs):
             answers[i, len(pair.prompt) - 1 : len(tokens[i])] = True
         return self.batch({"input_ids": ids, "attention_mask": attention}, answers, pairs, rows)
-
-    def answer_logits(
-        self,
-        batch: TokenBatch,  # on the model's device
-    ) -> Float[Tensor, "tokens vocabulary"]:  # in the order of `batch.labels`
-        "The logits that predict the answer tokens; no other position reaches the vocabulary."
-        with gathered(self.model.get_output_embeddings(), batch.answer_mask):
-            return self.model(**batch.inputs, use_cache=False).logits
 
 
 def _token_ids(tokenizer, texts: Sequence[str], **options) -> list[list[int]]:
@@ -372,14 +372,6 @@ class EncoderDecoder(Family):
     ) -> Bool[Tensor, "batch length"]:  # over the encoder's or the decoder's positions
         "The positions of a layer that are cached: all encoder tokens, or all decoder tokens."
         return batch.inputs["attention_mask"].bool() if _READS_ENCODER.search(layer) else batch.answer_mask
-
-    def answer_logits(
-        self,
-        batch: TokenBatch,  # on the model's device
-    ) -> Float[Tensor, "tokens vocabulary"]:  # in the order of `batch.labels`
-        "The logits that predict the answer tokens; padding does not reach the vocabulary."
-        with gathered(self.model.get_output_embeddings(), batch.answer_mask):
-            return self.model(**batch.inputs, use_cache=False).logits
 
 # %% ../nbs/01_language_models.ipynb #9e2f3c56
 FAMILIES: dict[str, type] = {family.name: family for family in (Decoder, EncoderClassifier, EncoderDecoder)}

@@ -65,8 +65,6 @@ class PaperModel:
     size_in_paper: str  # as printed in the figures' captions
     parameters: int  # exactly
     last: int  # blocks whose second linear layer is edited, of each stack (section 5.1)
-    tuned: str  # FT's layers (Appendix A.5): "both" of the FFN's linear layers, or one glob pattern
-    tuned_last: int | None  # of so many last blocks of each stack; None for all that match
     num_facts: tuple[int, ...]  # every m of the scaling curve
     facts: str  # what is edited
     unrelated: str  # where unrelated tuples come from
@@ -102,25 +100,25 @@ PAPER_MODELS: dict[str, PaperModel] = {
     "BERT-base": PaperModel(
         hub="google-bert/bert-base-uncased", family="encoder-classifier", model_type="bert",
         sizes=BERT_SIZES | FEVER_LABELS, size_in_paper="110M", parameters=109_483_778,
-        last=6, tuned="both", tuned_last=3,
+        last=6,
         num_facts=powers(4, 12), figure="Fig. 4", **FEVER, dtype=torch.float32,
     ),
     "GPT-2": PaperModel(
         hub="openai-community/gpt2", family="decoder", model_type="gpt2",
         sizes=GPT2_SIZES, size_in_paper="124M", parameters=124_439_808,
-        last=6, tuned="both", tuned_last=3,
+        last=6,
         num_facts=powers(6, 12), figure="Fig. 5", **ZSRE, dtype=torch.float32,
     ),
     "T5-XL": PaperModel(
         hub="google/t5-xl-ssm-nq", family="encoder-decoder", model_type="t5",
         sizes=T5_XL_SIZES, size_in_paper="2.8B", parameters=2_849_757_184,
-        last=3, tuned="both", tuned_last=2,
+        last=3,
         num_facts=powers(8, 14), figure="Fig. 6", **ZSRE, dtype=torch.bfloat16,
     ),
     "GPT-J": PaperModel(
         hub="EleutherAI/gpt-j-6b", family="decoder", model_type="gptj",
         sizes=GPTJ_SIZES, size_in_paper="6B", parameters=6_050_882_784,
-        last=6, tuned="transformer.h.21.mlp.fc_out", tuned_last=None,
+        last=6,
         num_facts=powers(5, 14), figure="Fig. 7", **ZSRE, dtype=torch.bfloat16,
     ),
 }
@@ -198,9 +196,8 @@ def tuned_layers(
     model: nn.Module | None = None,  # a skeleton of it if None
 ) -> dict[str, nn.Module]:  # name -> linear layer
     "The layers that fine-tuning tunes (Appendix A.5). Raises `PaperModelError`."
-    about, model = find_model(name), model or skeleton(name)
-    patterns = feed_forward(model, "both") if about.tuned == "both" else about.tuned
-    return match_layers(model, patterns, about.tuned_last)
+    model = model or skeleton(name)
+    return match_layers(model, *fine_tuned_layers(model))
 
 
 def shapes_of(
@@ -657,7 +654,7 @@ def run_hours(
     "What one seed of a run takes on an A100, estimated."
     about, model = find_model(name), model or skeleton(name)
     if run.method == "FT":
-        layers = list(match_layers(model, *fine_tuned_layers(model)))
+        layers = list(tuned_layers(name, model))
     else:
         layers = list(match_layers(model, feed_forward(model, run.layers), about.last))
     config = EditorConfig(rank=run.rank, blocks=run.blocks)

@@ -7,9 +7,9 @@ __all__ = ['END', 'PADDING', 'FRAMES', 'AnyConfig', 'ARCHITECTURES', 'SmallTierD
            'some_questions', 'halves', 'small_tier_data', 'corpus_sentences', 'byte_pair_tokenizer', 'SmallConfig',
            'SmallGPTJConfig', 'SmallT5Config', 'SmallBertConfig', 'Source', 'Lessons', 'question_lessons',
            'question_facts', 'claim_lessons', 'claim_facts', 'ShuffledRows', 'by_length', 'encoded_rows',
-           'sentence_rows', 'SmallCurriculum', 'StandInError', 'Architecture', 'small_config', 'small_model', 'wrapped',
-           'half_pays', 'warm_cosine', 'rows_loss', 'SmallRun', 'what_it_should_know', 'knowledge',
-           'train_small_language_model', 'small_bench']
+           'sentence_rows', 'SmallCurriculum', 'Architecture', 'small_config', 'small_model', 'wrapped', 'half_pays',
+           'warm_cosine', 'rows_loss', 'SmallRun', 'what_it_should_know', 'knowledge', 'train_small_language_model',
+           'small_bench']
 
 # %% ../nbs/13b_small_stand_in.ipynb #4f7c61ff
 import json
@@ -53,7 +53,6 @@ from malmen_repro.facts import (
     Fact,
     FactError,
     FactFileError,
-    MalmenError,
     Pair,
     add_rephrases,
     flipped,
@@ -61,7 +60,7 @@ from malmen_repro.facts import (
     pair_unrelated,
 )
 from .language_models import EncodedPair, LanguageModel, feed_forward
-from .stand_ins import Bench, cache_folder, digest
+from .stand_ins import Bench, StandInError, cache_folder, digest
 
 # %% ../nbs/13b_small_stand_in.ipynb #f6581dab
 @dataclass(frozen=True)
@@ -537,10 +536,6 @@ def _bert(config: SmallBertConfig, tokenizer: PreTrainedTokenizerFast) -> BertFo
     ))
 
 # %% ../nbs/13b_small_stand_in.ipynb #d8dd3e79
-class StandInError(MalmenError, ValueError):
-    "A stand-in language model cannot be trained or continued as asked."
-
-
 class Architecture(NamedTuple):
     "What the small tier's architectures differ in."
 

@@ -129,7 +129,7 @@ def invent_world(
 
 # %% ../nbs/13_stand_ins.ipynb #33db8878
 class StandInError(MalmenError, ValueError):
-    "There is no stand-in as asked for."
+    "A stand-in cannot be made, trained or continued as asked."
 
 
 CLAIMS = {  # relation -> wordings

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CANDIDATES', 'TrainingError', 'NonFiniteMetaGradientError', 'TrainingConfig', 'cache_tokens', 'chunks', 'Inferred',
            'infer', 'Block', 'meta_loss_terms', 'meta_loss', 'backpropagate', 'meta_gradient', 'Curriculum',
-           'make_optimizer', 'schedule', 'adam_step', 'tune_learning_rate', 'save_checkpoint', 'resume', 'train']
+           'make_optimizer', 'schedule', 'adam_step', 'tune_learning_rate', 'write_checkpoint', 'read_checkpoint',
+           'save_checkpoint', 'resume', 'train']
 
 # %% ../nbs/08_training.ipynb #2fc74f3a
 import copy
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -316,29 +317,54 @@ def _tune(editor: Editor, block: Block, config: TrainingConfig, candidates: Sequ
     return best
 
 # %% ../nbs/08_training.ipynb #3b173fa6
+def write_checkpoint(
+    path: Path,  # its folder is made if it is not there
+    run: dict[str, Any],  # what tells this run from others
+    state: dict[str, Any],  # what it needs to go on
+) -> None:
+    "Write in one move, so that a stop in between leaves the old file."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    torch.save({**state, "run": run}, part)
+    part.replace(path)
+
+
+def read_checkpoint(
+    path: Path,  # what `write_checkpoint` wrote
+    run: dict[str, Any],  # the run that wants to go on
+    device: torch.device,  # where tensors go
+    free: str,  # the field of a run that may differ: how long it is
+) -> dict[str, Any] | None:  # the state; None if there is no file
+    "Raises `TrainingError` if the checkpoint belongs to another run or is damaged."
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        theirs = state["run"]
+    except Exception as error:  # torch.load raises many kinds
+        raise TrainingError(f"the checkpoint {path} is damaged; remove it to start anew") from error
+    if different := [name for name, value in run.items() if name != free and theirs.get(name) != value]:
+        raise TrainingError(f"the checkpoint {path} belongs to another run: {', '.join(different)} differ")
+    return state
+
+
 def save_checkpoint(
     editor: Editor, optimizer: torch.optim.Optimizer, history: list[dict], path: Path, config: TrainingConfig
 ) -> None:
-    "Write everything a run needs to go on, in one move, so that a stop in between leaves the old file."
-    path.parent.mkdir(parents=True, exist_ok=True)
+    "Write everything a run needs to go on."
     state = {"networks": editor.networks.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-    part = path.with_name(path.name + ".part")
-    torch.save({**state, "config": asdict(config), "editor": asdict(editor.config), "method": editor.method}, part)
-    part.replace(path)
+    write_checkpoint(path, _run(editor, config), state)
+
+
+def _run(editor: Editor, config: TrainingConfig) -> dict[str, Any]:
+    "What tells one training from another."
+    return {**asdict(config), **asdict(editor.config), "method": editor.method}
 
 
 def resume(editor: Editor, optimizer: torch.optim.Optimizer, path: Path, config: TrainingConfig) -> list[dict]:
     "Go on from a checkpoint if there is one. Raises `TrainingError` if it belongs to another run or is damaged."
-    if not path.exists():
+    if (state := read_checkpoint(path, _run(editor, config), editor.lm.device, free="steps")) is None:
         return []
-    try:
-        state = torch.load(path, map_location=editor.lm.device, weights_only=True)
-        theirs = {**state["config"], **state["editor"], "method": state["method"]}
-    except Exception as error:  # torch.load raises many kinds
-        raise TrainingError(f"the checkpoint {path} is damaged: {error}; remove it to start anew") from error
-    ours = {**asdict(config), **asdict(editor.config), "method": editor.method}
-    if different := [name for name, value in ours.items() if name != "steps" and theirs.get(name) != value]:
-        raise TrainingError(f"the checkpoint {path} belongs to another run: {', '.join(different)} differ")
     editor.networks.load_state_dict(state["networks"])
     optimizer.load_state_dict(state["optimizer"])
     return state["history"]

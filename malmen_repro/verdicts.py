@@ -277,16 +277,14 @@ def _of_curves(item: str, model: str, experiment: str, times: int) -> list[State
 
 
 def _of_ablations(item: str, model: str, experiment: str, numbers: dict[str, str]) -> list[Statement]:
-    at = f"{model}: " if model else ""
-    rows = [
-        Statement(item, f"{at}sum of shifts loses ({numbers['sum']})", "5.2",
+    return [
+        Statement(item, f"{model}: sum of shifts loses ({numbers['sum']})", "5.2",
                   "success at least .10 below MALMEN's", experiment, loses("MEND", 0.10)),
-        Statement(item, f"{at}no regularisation breaks down ({numbers['none']})", "5.2",
+        Statement(item, f"{model}: no regularisation breaks down ({numbers['none']})", "5.2",
                   "every seed ends in a singular matrix", experiment, breaks_down),
-        Statement(item, f"{at}editing the first FFN layer is inferior ({numbers['first']})", "5.2",
+        Statement(item, f"{model}: editing the first FFN layer is inferior ({numbers['first']})", "5.2",
                   "success at least .02 below MALMEN's", experiment, loses("MALMEN, first layer", 0.02)),
     ]
-    return rows
 
 
 STATEMENTS: list[Statement] = [
