@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'MAIN_METHODS', 'SMALL_QUESTIONS', 'SMALL_CLAIMS', 'SMALL_
            'FINE_TUNING', 'SCHEMA', 'SettingsOf', 'OBSERVED', 'FAILURES', 'EXTRAS', 'BENCH_SETTINGS', 'ExperimentError',
            'UnknownExperimentError', 'CellError', 'Method', 'Cell', 'slug', 'Plan', 'Experiment', 'find_experiment',
            'cells_of', 'trained_for', 'at', 'training_settings', 'EvaluationConfig', 'configuration', 'condensed',
-           'edited_model', 'trained_editor', 'editor_of', 'evaluation_blocks', 'pooled', 'residual_means', 'said',
+           'edited_model', 'trained_editor', 'editor_of', 'evaluation_blocks', 'pooled', 'residual_means',
            'failure_cases', 'sequence_success', 'run_cell', 'scores_of', 'learned', 'run_cells', 'changed',
            'check_same_bench', 'alternatives']
 
@@ -519,15 +519,6 @@ def _fit(shift: torch.Tensor, tokens: KeysAndGradients, wanted: torch.Tensor) ->
 FAILURES = 8  # kept of each kind: enough for a table
 
 
-def said(
-    lm: LanguageModel,
-    tokens: Sequence[int],  # predicted, or the number of a label
-) -> str:
-    "An answer as text."
-    labels = getattr(lm.model.config, "id2label", None)
-    return labels[tokens[0]] if lm.family.name == "encoder-classifier" else lm.tokenizer.decode(tokens).strip()
-
-
 def failure_cases(
     lm: LanguageModel,
     block: Sequence[Fact],  # edited at once
@@ -547,7 +538,7 @@ def failure_cases(
     return {
         "edits": [_edit_row(lm, *row[:3]) for row in wrong[:FAILURES]],
         "unrelated": [
-            {"prompt": pair[0], "target": pair[1], "before": said(lm, a), "after": said(lm, b)}
+            {"prompt": pair[0], "target": pair[1], "before": lm.family.text_of(a), "after": lm.family.text_of(b)}
             for pair, a, b, _ in lost[:FAILURES]
         ],
         "counts": {"facts": len(asked), "unrelated": len(unrelated), "lost": len(lost), **_kinds(wrong)},
@@ -558,7 +549,7 @@ def _edit_row(lm: LanguageModel, pairs: tuple[Pair, Pair], edit: list[int], othe
     "A row of Table 4."
     (prompt, target), (equivalent, _) = pairs
     texts = {"prompt": prompt, "equivalent prompt": equivalent, "target": target}
-    return {**texts, "answer": said(lm, edit), "equivalent answer": said(lm, other)}
+    return {**texts, "answer": lm.family.text_of(edit), "equivalent answer": lm.family.text_of(other)}
 
 
 def _kinds(wrong: Sequence[tuple]) -> dict[str, Any]:

@@ -206,6 +206,13 @@ class Family:
         owners = torch.tensor([row for row, pair in zip(rows, pairs, strict=True) for _ in pair.answer])
         return TokenBatch(inputs, answer_mask, labels, owners)
 
+    def text_of(
+        self,
+        answer: Sequence[int],  # tokens, such as the most probable ones
+    ) -> str:
+        "An answer as text."
+        return self.tokenizer.decode(answer).strip()
+
     def cached_mask(
         self,
         layer: str,  # name of an edited layer
@@ -313,6 +320,13 @@ class EncoderClassifier(Family):
     ) -> Float[Tensor, "tokens labels"]:  # in the order of `batch.labels`
         "The logits of the labels, a row a claim."
         return self.model(**batch.inputs).logits
+
+    def text_of(
+        self,
+        answer: Sequence[int],  # the number of a label
+    ) -> str:
+        "The label's name."
+        return self.model.config.id2label[answer[0]]
 
 # %% ../nbs/01_language_models.ipynb #b2e7159a
 # Names of layers that read encoder tokens: those of the encoder, and the decoder's keys and values of cross-attention.

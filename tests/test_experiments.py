@@ -40,7 +40,6 @@ from malmen_repro.experiments import (
     pooled,
     residual_means,
     run_cells,
-    said,
     sequence_success,
     slug,
     trained_for,
@@ -783,8 +782,8 @@ def test_failure_cases_leave_facts_without_tuples_out(shifted):
 
 
 def test_answers_as_text():
-    assert said(toy_model(), [2, 4]) == "w0 w2"
-    assert said(toy_classifier(), [1]) == "REFUTES"
+    assert toy_model().family.text_of([2, 4]) == "w0 w2"
+    assert toy_classifier().family.text_of([1]) == "REFUTES"
 
 
 def test_failure_cases_of_claims():
