@@ -322,7 +322,8 @@ def draw_residuals(
 
     rows = residual_points(records)
     sets = list(dict.fromkeys(row["data_set"] for row in rows))
-    with panels(len(sets), 3, records, path) as (figure, grid):
+    note = "mean and standard deviation over layers and seeds"
+    with panels(len(sets), 3, records, path, note) as (figure, grid):
         for line, data_set in zip(grid, sets, strict=True):
             ours = [row for row in rows if row["data_set"] == data_set]
             own = [row for row in ours if OWN_WAY.get(row["method"]) == row["way"]]
