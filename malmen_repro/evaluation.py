@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .facts import Fact, Pair, check_facts
 from .language_models import LanguageModel
-from .weight_shifts import WeightShift
+from .weight_shifts import Edit
 
 # %% ../nbs/09_evaluation.ipynb #b51b8869
 @torch.no_grad()
@@ -167,7 +167,7 @@ def _shares_of_phrasings(said: Predictions, wanted: Predictions) -> list[list[fl
 def evaluate(
     lm: LanguageModel,  # the unedited model
     facts: Sequence[Fact],  # the facts that were edited
-    shift: WeightShift | None,  # the edit; None scores the unedited model
+    shift: Edit | None,  # the edit, such as a `WeightShift`; None scores the unedited model
     batch_size: int = 64,  # rows in the language model at once
     before: Predictions | None = None,  # of the unedited model, if at hand: saves asking again
     progress: bool = False,  # show bars
