@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def reproduce(
     for name, asked in cells.items():
         print(f"{name}, {args.tier} tier: {len(asked)} cells, records in {args.out / args.tier / name}", flush=True)
     bench_for = bench_loader(args.data, args.out / "models", progress=not args.quiet)
-    failure = None
+    failure, start, paths = None, time.perf_counter(), [args.out / cell.path for cell in sum(cells.values(), [])]
+    anew = names == every and (args.fresh or not any(path.exists() for path in paths))
     try:
         run_cells(sum(cells.values(), []), args.out, bench_for, fresh=args.fresh, progress=not args.quiet)
     except CellError as error:  # what is done is worth showing all the same
@@ -56,6 +58,22 @@ def reproduce(
         OTHERS[name][2](args)
     if failure:
         raise failure
+    if anew:
+        _note_time(args, len(paths), time.perf_counter() - start)
+
+
+def _note_time(args: argparse.Namespace, cells: int, seconds: float) -> None:
+    "What everything took in one go, for whoever asks how long it takes."
+    import torch
+
+    from malmen_repro.records import git_state, hardware, versions, write_record
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = {"full": args.full, "seeds": args.seeds, "num_facts": args.ms, "cells": cells}
+    about = {"versions": versions(), "git": git_state(), "hardware": hardware(device)}
+    record = {"tier": args.tier, **size, "seconds": round(seconds, 1), **about}
+    write_record(record, args.out / args.tier / "reproduce.json")
+    print(f"everything at the {args.tier} tier, {cells} cells: {seconds / 60:.1f} minutes", flush=True)
 
 # %% ../nbs/17_command_line.ipynb #6d085740
 def experiments_called(

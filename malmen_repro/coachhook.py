@@ -100,7 +100,7 @@ def hooked(
 # %% ../nbs/12_coachhook.ipynb #652ba234
 @dataclass(frozen=True, eq=False)
 class HookedShift:
-    "Hook layers apart from the model: a shift and a threshold each. Raises `WeightShiftError` for one that isn't finite."
+    "Hook layers apart from the model: a shift and a threshold each. Raises `WeightShiftError`."
 
     shifts: dict[str, Tensor]  # layer -> W_h - W (value_size, key_size), float32 or better
     thresholds: dict[str, float]  # layer -> alpha

@@ -9,7 +9,7 @@ __all__ = ['RememberingMALMEN', 'RememberingLeastSquares', 'Consecutive']
 from collections.abc import Sequence
 from typing import Any
 
-from .editors import MALMEN, EditorError, LeastSquares
+from .editors import EDITORS, MALMEN, EditorError, LeastSquares
 from .facts import Fact
 from .keys_and_gradients import KeysAndGradients
 from .normal_equation import StreamingNormalEquation
@@ -54,6 +54,9 @@ class RememberingLeastSquares(LeastSquares):
         super().add(cached)
         still = cached.keys.new_zeros(len(cached.keys), self.equation.value_size)
         self.editor.noted[self.layer].add(cached.keys, still)
+
+# %% ../nbs/12a_consecutive.ipynb #f33242d1
+EDITORS[RememberingMALMEN.method] = RememberingMALMEN  # so that it can be loaded
 
 # %% ../nbs/12a_consecutive.ipynb #440aa97d
 class Consecutive:

@@ -9,6 +9,7 @@ __all__ = ['FILE_FORMAT', 'KeyStatisticsError', 'EmptyCorpusError', 'KeyStatisti
 # %% ../nbs/11_key_statistics.ipynb #fa127b19
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -166,7 +167,7 @@ def key_statistics(
     Raises `EmptyCorpusError` if there is no token.
     """
     sums = {n: torch.zeros(d, d, dtype=torch.float64, device=lm.device) for n, (_, d) in lm.shapes.items()}
-    digest, counts = hashlib.sha256(), {"texts": 0, "tokens": 0}
+    digest, counts, start = hashlib.sha256(), {"texts": 0, "tokens": 0}, time.perf_counter()
 
     def noted(texts: Iterable[str]) -> Iterator[str]:
         for text in tqdm(texts, desc="keys of a corpus", unit="text", disable=not progress, leave=False):
@@ -182,6 +183,7 @@ def key_statistics(
         raise EmptyCorpusError(f"the corpus has {counts['texts']} texts and no token: statistics need ordinary text")
     moments = {name: total / counts["tokens"] for name, total in sums.items()}
     corpus = {"corpus": digest.hexdigest(), "texts": counts["texts"], "length": length}
+    corpus |= {"seconds": round(time.perf_counter() - start, 3)}
     return KeyStatistics(moments, counts["tokens"], {"language_model": fingerprint(lm), **corpus})
 
 # %% ../nbs/11_key_statistics.ipynb #fc370e47

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PEOPLE', 'TOWNS', 'CLAIMS', 'ARCHITECTURES', 'invent_words', 'answer_pools', 'tell_facts', 'invent_world',
-           'StandInError', 'tell_claims', 'word_tokenizer', 'TinyConfig', 'TinyGPTJConfig', 'TinyT5Config',
-           'TinyBERTConfig', 'TinyArchitecture', 'tiny_model', 'WorldParts', 'world_parts', 'words_of',
-           'train_language_model', 'known_share', 'Bench', 'cache_folder', 'digest', 'tiny_bench']
+           'StandInError', 'tell_claims', 'tell_statements', 'word_tokenizer', 'TinyConfig', 'TinyGPTJConfig',
+           'TinyT5Config', 'TinyBERTConfig', 'TinySubjectsConfig', 'TinyArchitecture', 'tiny_model', 'WorldParts',
+           'world_parts', 'words_of', 'train_language_model', 'subject_mask', 'known_share', 'Bench', 'cache_folder',
+           'digest', 'tiny_bench']
 
 # %% ../nbs/13_stand_ins.ipynb #4a7a6675
 import hashlib
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import (
@@ -44,7 +47,7 @@ from transformers import (
 
 from .evaluation import answer_predictions, share
 from .facts import LABELS, Fact, MalmenError, Pair, flipped, other_label, pair_unrelated
-from .language_models import LanguageModel, feed_forward
+from .language_models import LanguageModel, TokenBatch, feed_forward
 
 # %% ../nbs/13_stand_ins.ipynb #980b9307
 PEOPLE = {  # relation -> (kind of answer, phrasings)
@@ -169,6 +172,18 @@ def tell_claims(
         claims.append(Fact(texts[0], label, tuple(texts[1:]), **about))
     return claims
 
+# %% ../nbs/13_stand_ins.ipynb #dd02a949
+def tell_statements(
+    facts: Sequence[Fact],  # of people or of towns
+) -> list[Fact]:  # in the same order
+    "The facts as statements to be completed, the subject first."
+    wordings = {relation: [text.removesuffix("[Y]").strip() for text in texts] for relation, texts in CLAIMS.items()}
+    told = []
+    for fact in facts:
+        prompts = [text.replace("[X]", fact.subject) for text in wordings[fact.relation]]
+        told.append(replace(fact, prompt=prompts[0], equivalent_prompts=tuple(prompts[1:])))
+    return told
+
 # %% ../nbs/13_stand_ins.ipynb #e3f38d41
 def word_tokenizer(
     texts: Sequence[str],
@@ -240,6 +255,17 @@ class TinyBERTConfig(TinyConfig):
     learning_rate: float = 2e-3
     spread: float = 0.15  # standard deviation of the initial weights; at BERT's own 0.02 the start is slow
 
+# %% ../nbs/13_stand_ins.ipynb #02690d9c
+@dataclass(frozen=True)
+class TinySubjectsConfig(TinyConfig):
+    "GPT-2's architecture once more, trained to recall facts at the last token of their subject."
+
+    architecture: ClassVar[str] = "gpt2-subjects"
+    layers: int = 3
+    inner: int = 768
+    steps: int = 800
+    masked: float = 0.75  # share of training steps in which tokens behind a subject see no more of it than its last one
+
 # %% ../nbs/13_stand_ins.ipynb #727a8fdf
 def _gpt2(config: TinyConfig, words: int) -> PreTrainedModel:
     sizes = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads, "n_inner": config.inner}
@@ -286,6 +312,7 @@ ARCHITECTURES: dict[str, TinyArchitecture] = {
     "gptj": TinyArchitecture(TinyGPTJConfig, _gptj, None),
     "t5": TinyArchitecture(TinyT5Config, _t5, "$A <end>"),
     "bert": TinyArchitecture(TinyBERTConfig, _bert, "<end> $A"),
+    "gpt2-subjects": TinyArchitecture(TinySubjectsConfig, _gpt2, None),
 }
 
 
@@ -312,6 +339,8 @@ def world_parts(
 ) -> WorldParts:
     "Questions that the model has not met; for a classifier, claims that it knows, with the other label."
     people, towns = invent_world(config.seed, people, towns)
+    if config.architecture == "gpt2-subjects":
+        people, towns = tell_statements(people), tell_statements(towns)
     if config.architecture != "bert":
         return WorldParts(people[: config.known] + towns, people[config.known :], towns)
     # Appendix A.4 fine-tunes on all claims, also on those that are edited later.
@@ -324,15 +353,17 @@ def words_of(facts: Sequence[Fact]) -> list[str]:  # texts
     "All that is said in facts."
     return [text for fact in facts for text in (fact.prompt, *fact.equivalent_prompts, fact.answer)]
 
-# %% ../nbs/13_stand_ins.ipynb #e9038917
+# %% ../nbs/13_stand_ins.ipynb #5f23de78
 def train_language_model(
     lm: LanguageModel,  # trained in place, frozen again at the end
     pairs: Sequence[Pair],  # what it shall know
     config: TinyConfig,
     progress: bool = True,  # show a bar
+    subjects: Sequence[int] | None = None,  # how many tokens of each prompt are its subject, for `subject_mask`
 ) -> list[float]:  # the loss of each step, nats a token
     "AdamW on the answers' tokens, with a warm-up and a cosine."
     encoded, rng, order, losses = lm.encode(pairs), random.Random(config.seed), [], []
+    coin = random.Random(f"{config.seed}/masked")
     model = lm.model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     bar = tqdm(range(config.steps), desc="train the language model", disable=not progress, leave=False)
@@ -343,6 +374,8 @@ def train_language_model(
             order += rng.sample(range(len(encoded)), len(encoded))
         rows, order = order[: config.batch_size], order[config.batch_size :]
         batch = next(lm.batches([encoded[i] for i in rows], config.batch_size))
+        if subjects is not None and coin.random() < config.masked:
+            batch.inputs["attention_mask"] = subject_mask(batch, [subjects[i] for i in rows])
         loss = F.cross_entropy(lm.answer_logits(batch), batch.labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -352,6 +385,18 @@ def train_language_model(
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     model.requires_grad_(False)
     return losses
+
+# %% ../nbs/13_stand_ins.ipynb #3cd0790b
+def subject_mask(
+    batch: TokenBatch,
+    subjects: Sequence[int],  # how many tokens of a prompt are its subject; in the order of the caller's list
+) -> Float[Tensor, "batch 1 length length"]:  # to be added to the attention's scores
+    "What lets tokens behind a subject see no more of it than its last token."
+    size, length = batch.answer_mask.shape
+    closed = torch.ones(length, length).triu(1).bool().repeat(size, 1, 1)
+    for row, owner in zip(batch.answer_mask.nonzero()[:, 0].tolist(), batch.rows.tolist(), strict=True):
+        closed[row, subjects[owner] :, : subjects[owner] - 1] = True
+    return torch.zeros(size, 1, length, length).masked_fill(closed[:, None], torch.finfo(torch.float32).min)
 
 # %% ../nbs/13_stand_ins.ipynb #8e2e09d8
 def known_share(
@@ -372,6 +417,7 @@ class Bench:
     eval_facts: dict[str, list[Fact]]  # name of a set -> facts to edit; in neither of the other parts
     provenance: dict  # where it all comes from: plain JSON, stands in every record
     known_facts: list[Fact] = field(default_factory=list)  # that the model was trained on, of the kind that is edited
+    corpus: list[str] = field(default_factory=list)  # ordinary text for the model, for key statistics
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
@@ -413,7 +459,8 @@ def tiny_bench(
     eval_facts = pair_unrelated(edits[last:], [fact.pair for fact in towns[half:]], seed)
     name = "claims" if lm.family.name == "encoder-classifier" else "world"
     about = json.loads((path / "provenance.json").read_text())
-    return Bench(lm, train_facts, {name: eval_facts}, about, known[: config.known])
+    corpus = [f"{prompt} {fact.answer}" for fact in known for prompt in (fact.prompt, *fact.equivalent_prompts)]
+    return Bench(lm, train_facts, {name: eval_facts}, about, known[: config.known], corpus)
 
 
 def _train_tiny(
@@ -421,7 +468,9 @@ def _train_tiny(
 ) -> None:
     "Train, measure, write."
     start = time.perf_counter()
-    train_language_model(lm, [pair for fact in known for pair in (fact.pair, *fact.equivalent_pairs)], config, progress)
+    asked = [(fact, pair) for fact in known for pair in (fact.pair, *fact.equivalent_pairs)]
+    names = [len(fact.subject.split()) for fact, _ in asked] if isinstance(config, TinySubjectsConfig) else None
+    train_language_model(lm, [pair for _, pair in asked], config, progress, names)
     provenance = {
         "stand-in": "tiny",
         **({} if config.architecture == "gpt2" else {"architecture": config.architecture}),

@@ -18,11 +18,13 @@ from malmen_repro.evaluation import MEASURES, evaluate
 from malmen_repro.experiments import EXPERIMENTS, EvaluationConfig
 from malmen_repro.facts import FactFileError, save_facts
 from malmen_repro.fine_tuning import FineTuningConfig
+from malmen_repro.ready_editors import READY
 from malmen_repro.records import read_record, weights_hash
 from malmen_repro.stand_ins import Bench
 from malmen_repro.training import TrainingConfig
 from malmen_repro.weight_shifts import WeightShift
-from tests.toy import toy_facts, toy_model
+from tests.test_experiments import READY_TOYS
+from tests.toy import toy_corpus, toy_facts, toy_model
 
 COMMANDS = ("reproduce", "list", "train", "edit", "evaluate")
 TRAIN = "--num-facts 4 --rank 4 --learning-rate 0.05 --meta-learning-rate 0.01 --steps 2 --device cpu --quiet"
@@ -314,11 +316,14 @@ def toy_tier(monkeypatch, tmp_path):
     def tiny_bench(seed, cache_dir, progress, architecture):
         seeds.append(seed)
         world = toy_facts(12, seed=1, start=20)
-        return Bench(toy_model(seed=seed), toy_facts(12), {"world": world, "claims": world}, {"made": "here"})
+        sets = {"world": world, "claims": world}
+        return Bench(toy_model(seed=seed), toy_facts(12), sets, {"made": "here"}, corpus=toy_corpus())
 
     def settings(tier, method, num_facts):
         if method == "FT":
             return FineTuningConfig(epochs=1), None
+        if method in READY:
+            return READY_TOYS[method], None
         training = TrainingConfig(num_facts=num_facts, steps=0 if "untrained" in method else 2)
         return EditorConfig(rank=4, blocks=1, learning_rate=0.01), training
 
@@ -342,8 +347,8 @@ def test_reproduce_runs_prints_and_draws(toy_tier, capsys):
     line = "reproduce scaling_decoder --seeds 2 --ms 2 4 --out there --quiet"
     assert call(line) == 0
     text = capsys.readouterr().out
-    assert "16 cells" in text and "| world | 2 | MALMEN " in text and "committed" in text
-    assert len(list(Path("there/tiny/scaling_decoder").glob("*.json"))) == 16
+    assert "20 cells" in text and "| world | 2 | MALMEN " in text and "committed" in text
+    assert len(list(Path("there/tiny/scaling_decoder").glob("*.json"))) == 20
     drawn = {path.name: path.read_bytes() for path in Path("there/figures").iterdir()}
     assert set(drawn) == {"tiny-scaling_decoder.png", "tiny-scaling_decoder.svg"}
     assert toy_tier == [0, 1]
@@ -356,9 +361,18 @@ def test_reproduce_all_by_default_and_in_the_default_folder(toy_tier, capsys, mo
     monkeypatch.setattr(experiments, "EXPERIMENTS", dict(list(EXPERIMENTS.items())[:2]))
     monkeypatch.setattr(cli, "OTHERS", {"procedures": cli.OTHERS["procedures"]})
     assert call("reproduce --seeds 1 --ms 2 --quiet") == 0
+    timed = json.loads(Path("runs/tiny/reproduce.json").read_text())
+    cells = len(list(Path("runs/tiny").glob("*/*.json")))
+    assert timed["cells"] == cells and timed["seconds"] > 0 and timed["tier"] == "tiny" and timed["num_facts"] == [2]
+    assert "everything at the tiny tier" in capsys.readouterr().out
     for name, experiment in experiments.EXPERIMENTS.items():
         assert ("tiny" not in experiment.plans) or list(Path("runs/tiny", name).glob("*.json"))
     assert len(list(Path("runs/figures").glob("procedures-fig[123].svg"))) == 3
+    # What goes on from records says nothing of the whole, and neither does a single experiment.
+    Path("runs/tiny/reproduce.json").unlink()
+    assert call("reproduce --seeds 1 --ms 2 --quiet") == 0
+    assert call(f"reproduce {next(iter(experiments.EXPERIMENTS))} --seeds 1 --ms 2 --quiet --out other") == 0
+    assert not list(Path().glob("*/tiny/reproduce.json"))
 
 
 def test_reproduce_shows_progress(toy_tier, capsys):
@@ -371,7 +385,7 @@ def test_reproduce_beside_committed_records(toy_tier, capsys, monkeypatch):
     monkeypatch.setattr(records, "committed_records", lambda: Path("a"))
     capsys.readouterr()
     assert call("reproduce scaling_decoder --seeds 1 --ms 2 --out b --quiet") == 0
-    assert "4 of 4 cells have a committed record with the same settings" in capsys.readouterr().out
+    assert "5 of 5 cells have a committed record with the same settings" in capsys.readouterr().out
 
 
 def test_reproduce_without_a_source_tree(toy_tier, capsys, monkeypatch):
@@ -415,7 +429,7 @@ def test_reproduce_shows_what_is_done_when_a_cell_breaks_down(toy_tier, capsys, 
     monkeypatch.setattr(experiments, "run_cell", breaking)
     assert call("reproduce scaling_decoder --seeds 1 --ms 2 --quiet") == 2
     both = capsys.readouterr()
-    assert "1 of 4 cells broke down" in both.err and "| world | 2 | MALMEN " in both.out
+    assert "1 of 5 cells broke down" in both.err and "| world | 2 | MALMEN " in both.out
     assert Path("runs/figures/tiny-scaling_decoder.png").exists()
 
 
@@ -430,7 +444,7 @@ def test_list_counts_records(toy_tier, capsys):
     text = capsys.readouterr().out
     rows = text[text.index("scaling_decoder (") :].splitlines()
     row = next(row for row in rows if row.startswith("| tiny"))
-    assert row.rstrip(" |").endswith("4")
+    assert row.rstrip(" |").endswith("5")
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ from malmen_repro.memit import MEMIT, MEMITConfig, SubjectRows, at_subjects, mem
 from malmen_repro.target_vectors import SubjectError
 from malmen_repro.weight_shifts import WeightShift, WeightShiftError, overlaid
 from tests.test_memit import CONFIG, LOWER, TEXTS
-from tests.test_target_vectors import DECODERS, QUICK, facts
-from tests.toy import toy_facts, toy_model
+from tests.test_target_vectors import DECODERS, QUICK
+from tests.toy import toy_facts as facts
+from tests.toy import toy_model
 
 PLAIN = CoachHooKConfig(memit=CONFIG, hooks=False)
 
@@ -135,7 +136,7 @@ def test_each_token_gets_one_layer_or_the_other():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_padding_is_no_token(batch_size):
-    lm, some = toy_model(), toy_facts(12)
+    lm, some = toy_model(), facts(12)
     shift = HookedShift(random_shifts(lm), dict.fromkeys(lm.layers, 1.2))
     with shift.applied(lm):
         wanted, _ = answer_predictions(lm, [fact.pair for fact in some], 1)
@@ -289,7 +290,7 @@ def test_a_batch_that_fails_leaves_the_state():
     editor = coach(config=replace(PLAIN, hooks=True))
     editor.edit(facts(3))
     shifts, thresholds = {n: s.clone() for n, s in editor.shifts.items()}, dict(editor.thresholds)
-    for bad, error in (([], NoFactsError), (toy_facts(2), SubjectError)):
+    for bad, error in (([], NoFactsError), ([replace(fact, subject=None) for fact in facts(2)], SubjectError)):
         with pytest.raises(error):
             editor.edit(bad)
     assert editor.batches == 1 and editor.thresholds == thresholds

@@ -15,7 +15,7 @@ from malmen_repro.memit import MEMIT
 from malmen_repro.training import cache_tokens
 from malmen_repro.weight_shifts import WeightShift
 from tests.test_memit import CONFIG, LOWER, TEXTS
-from tests.test_target_vectors import facts
+from tests.toy import toy_facts as facts
 from tests.toy import toy_model
 
 NETWORK = EditorConfig(rank=4, blocks=1, learning_rate=0.05, regularization=0.5)

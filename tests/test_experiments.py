@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,13 @@ import torch
 
 from malmen_repro import benches, experiments
 from malmen_repro.benches import TIERS
+from malmen_repro.coachhook import CoachHooKConfig
 from malmen_repro.editors import EditorConfig, NonFiniteShiftError
 from malmen_repro.evaluation import MEASURES, Scores, evaluate
 from malmen_repro.experiments import (
+    ALL_METHODS,
     BENCH_SETTINGS,
+    CONSECUTIVE_METHODS,
     EXPERIMENTS,
     EXTRAS,
     FAILURES,
@@ -32,6 +35,7 @@ from malmen_repro.experiments import (
     cells_of,
     condensed,
     configuration,
+    edited_in_batches,
     edited_model,
     editor_of,
     evaluation_blocks,
@@ -47,9 +51,12 @@ from malmen_repro.experiments import (
 )
 from malmen_repro.facts import Fact
 from malmen_repro.figures import draw_scaling, failure_table, residual_points, scaling_table, sequence_points
-from malmen_repro.fine_tuning import FineTuning, FineTuningConfig, fine_tuned
+from malmen_repro.fine_tuning import FineTuningConfig, fine_tuned
+from malmen_repro.key_statistics import EmptyCorpusError
 from malmen_repro.keys_and_gradients import KeysAndGradients
+from malmen_repro.memit import MEMITConfig
 from malmen_repro.normal_equation import SingularGramError
+from malmen_repro.ready_editors import CRITICAL, PAPERS, READY, TINY, fitted, ready_editor, ready_settings
 from malmen_repro.records import (
     RecordConflictError,
     RecordError,
@@ -62,16 +69,18 @@ from malmen_repro.records import (
     write_record,
 )
 from malmen_repro.released_code import VARIANTS
+from malmen_repro.target_vectors import TargetConfig
 from malmen_repro.training import TrainingConfig, cache_tokens
 from malmen_repro.weight_shifts import WeightShift
-from tests.toy import toy_claims, toy_classifier, toy_encoder_decoder, toy_facts, toy_model
+from tests.toy import toy_claims, toy_classifier, toy_corpus, toy_encoder_decoder, toy_facts, toy_model
 
 TOY_METHODS = ("MALMEN", "MEND", "MALMEN untrained")
 EVALUATION = EvaluationConfig(scored_facts=6, batch_size=4)
 
 
 def toy_bench(tier="tiny", family="decoder", seed=0):
-    return Bench(toy_model(seed=seed), toy_facts(12), {"toys": toy_facts(10, seed=1, start=20)}, {"made": "here"})
+    toys = toy_facts(10, seed=1, start=20)
+    return Bench(toy_model(seed=seed), toy_facts(12), {"toys": toys}, {"made": "here"}, corpus=toy_corpus())
 
 
 def toy_settings(tier, method, num_facts):
@@ -113,19 +122,20 @@ def test_experiments_are_well_formed(name):
         assert cells and len({one.path for one in cells}) == len(cells)
         for one in cells:
             editor, training = training_settings(tier, one.method, one.train_num_facts)
-            assert json.dumps(configuration(one)) and editor.seed == 0  # the seed is the cell's to set
+            assert json.dumps(configuration(one))
+            assert fitted(editor, 0, tier, one.family) != fitted(editor, 5, tier, one.family)  # the cell sets the seed
             if training is not None:
                 assert training.num_facts == one.train_num_facts and training.seed == 0
                 assert (training.steps > 0) == METHODS[one.method].trained
-            assert (training is None) == (one.method == "FT")
+            assert (training is None) == (one.method in READY)
 
 
 def test_tiny_plan_has_a_quick_and_a_full_size():
     quick, full = (cells_of("scaling_decoder", "tiny", full=full) for full in (False, True))
     assert {one.num_facts for one in quick} == {16, 64} and {one.seed for one in quick} == {0}
     assert {one.num_facts for one in full} == {16, 64, 256, 1024} and {one.seed for one in full} == {0, 1, 2}
-    assert {one.method for one in full} == set(MAIN_METHODS) and set(quick) <= set(full)
-    assert len(cells_of("scaling_decoder", "tiny", seeds=2, num_facts=[16, 256])) == 2 * 2 * 4
+    assert {one.method for one in full} == {*MAIN_METHODS, "MEMIT"} and set(quick) <= set(full)
+    assert len(cells_of("scaling_decoder", "tiny", seeds=2, num_facts=[16, 256])) == 2 * 2 * 5
 
 
 def test_every_figure_and_table_of_the_paper_has_its_experiment_for_each_family():
@@ -134,7 +144,7 @@ def test_every_figure_and_table_of_the_paper_has_its_experiment_for_each_family(
     assert curves | {"Table 1", "Table 2", "Table 3", "Tables 4 and 5"} <= figures
     for prefix in ("scaling", "ablations"):
         families = {one.family for name, one in EXPERIMENTS.items() if name.startswith(prefix)}
-        assert families == set(benches.FAMILIES)
+        assert families == set(benches.FAMILIES) - {"subjects"}
 
 
 def test_what_is_run_by_default_is_part_of_the_full_plan():
@@ -196,7 +206,7 @@ def test_nothing_to_run(wrong):
 
 
 def test_duplicate_numbers_of_facts_count_once():
-    assert len(cells_of("scaling_decoder", "tiny", 1, [16, 16])) == 4
+    assert len(cells_of("scaling_decoder", "tiny", 1, [16, 16])) == 5
 
 
 def test_cell_path():
@@ -543,11 +553,26 @@ def test_read_records(finished, tmp_path):
 # --- methods
 
 
+TARGET = TargetConfig(steps=3, learning_rate=0.1, prefix_lengths=(2,), separator=" ", essence="{} w3")
+MEMIT_TOY = MEMITConfig(regularization=2.0, target=TARGET)
+READY_TOYS = {
+    "FT-W": replace(PAPERS["FT-W"], steps=2),
+    "FT-L": replace(PAPERS["FT-L"], steps=2),
+    "FT-M": replace(PAPERS["FT-M"], steps=2),
+    "LoRA": replace(PAPERS["LoRA"], steps=2),
+    "MEMIT": MEMIT_TOY,
+    "ROME": MEMIT_TOY,
+    "CoachHooK": CoachHooKConfig(memit=MEMIT_TOY),
+}
+
+
 def method_settings(tier, method, num_facts):
     "As `training_settings`, but small."
     about = METHODS[method]
-    if about.editor is FineTuning:
+    if method == "FT":
         return FineTuningConfig(epochs=2, learning_rate=1e-3), None
+    if method in READY:
+        return READY_TOYS[method], None
     editor = EditorConfig(**({"rank": 4, "blocks": 1, "learning_rate": 0.01} | about.changes))
     training = TrainingConfig(num_facts=num_facts, steps=2 if about.trained else 0, **about.training)
     return editor, training
@@ -573,7 +598,7 @@ def test_every_method_gives_a_record(method, tmp_path):
     (record,) = run_method(method, tmp_path)
     assert 0 <= record["scores"]["ES"]["mean"] <= 1 and record["blocks"] == [3] and "failure" not in record["extra"]
     assert bool(record["history"]) == METHODS[method].trained and read_record(tmp_path / cell(method).path) == record
-    assert len(list((tmp_path / "editors").glob("*"))) == (method != "FT")
+    assert len(list((tmp_path / "editors").glob("*"))) == (method not in READY)
 
 
 @pytest.mark.parametrize("method", ["MALMEN", "MALMEN, first layer", "MALMEN, all tokens", next(iter(VARIANTS))])
@@ -591,6 +616,89 @@ def test_an_editor_read_again_is_the_editor_that_was_trained(method, tmp_path, m
     assert editor.config == EditorConfig(**settings["editor"])
 
 
+@pytest.mark.parametrize("method", [name for name in READY if name != "FT"])
+def test_ready_editors_leave_a_record_of_their_settings(method, tmp_path):
+    (record,) = run_method(method, tmp_path)
+    config = READY[method].config(**record["configuration"]["editor"])
+    assert config == fitted(READY_TOYS[method], 0, "tiny", "decoder") and record["configuration"]["training"] == {}
+    assert record["learned"] == {} and record["history"] == [] and record["blocks"] == [3]
+    needs_corpus = method in ("MEMIT", "ROME", "CoachHooK")
+    assert bool(record["seconds"]["training"]) == needs_corpus == (tmp_path / "key_statistics").exists()
+    edited = list(record["model"]["edited_layers"])
+    assert edited == ["transformer.h.0.mlp.c_proj"] if needs_corpus else len(edited) in (1, 2)
+    (tmp_path / cell(method).path).unlink()
+    (again,) = run_method(method, tmp_path)
+    assert again["per_fact"] == record["per_fact"] and again["seconds"]["training"] == record["seconds"]["training"]
+
+
+def test_coachhook_starts_anew_for_each_block(tmp_path):
+    options = {"evaluation": replace(EVALUATION, scored_facts=9)}
+    (both,) = run([cell("CoachHooK", 3, train_num_facts=3)], tmp_path / "a", toy_bench, method_settings, **options)
+    assert both["blocks"] == [3, 3, 3]
+    (one,) = run_method("CoachHooK", tmp_path / "b")
+    assert both["per_fact"]["ES"][:3] == one["per_fact"]["ES"]
+
+
+def test_a_bench_without_a_corpus_has_no_memit(tmp_path):
+    bench = replace(toy_bench(), corpus=[])
+    with pytest.raises(EmptyCorpusError, match="this bench has no corpus"):
+        ready_editor("MEMIT", bench, asdict(MEMIT_TOY) | {"blocks": [0]}, tmp_path, False)
+
+
+@pytest.mark.parametrize("tier", ["tiny", "small", "paper", "shapes"])
+@pytest.mark.parametrize("method", READY)
+def test_ready_settings_of_every_tier_survive_a_record(tier, method):
+    for family in ("decoder", "gptj", "subjects"):
+        config = fitted(ready_settings(tier, method), 3, tier, family)
+        values = json.loads(json.dumps(asdict(config)))
+        assert READY[method].config(**values) == config
+        memit = getattr(config, "memit", config)
+        if isinstance(memit, MEMITConfig):
+            assert memit.blocks == CRITICAL.get((tier, family), (0,)) and memit.target.seed == 3
+        else:
+            assert config.seed == 3
+    assert set(TINY) == set(PAPERS) == set(READY) - {"FT"}
+
+
+# --- batch after batch
+
+
+def test_all_at_once_is_one_edit():
+    calls = []
+
+    class Editor:
+        def edit(self, facts, batch_size, progress):
+            calls.append(len(facts))
+            return WeightShift({})
+
+    edited_in_batches(Editor(), toy_facts(7), 0, 8)
+    assert calls == [7]
+
+
+@pytest.mark.parametrize("method", ["FT", "MEMIT", "CoachHooK"])
+def test_batches_go_on_from_one_another(method, tmp_path):
+    bench = toy_bench()
+    config = fitted({"FT": FineTuningConfig(epochs=1), **READY_TOYS}[method], 0, "tiny", "decoder")
+    editor = ready_editor(method, bench, asdict(config), tmp_path, False)
+    facts = bench.eval_facts["toys"]
+    whole = edited_in_batches(editor, facts[:6], 3, 8)
+    first = edited_in_batches(editor, facts[:3], 3, 8)
+    if method == "CoachHooK":
+        second = editor.edit(facts[3:6], 8)
+    else:
+        with first.applied(editor.lm):
+            second = first + editor.edit(facts[3:6], 8)
+    for name, shift in whole.shifts.items():
+        torch.testing.assert_close(second.shifts[name], shift, rtol=1e-5, atol=1e-7)
+
+
+def test_an_experiment_of_batches_says_so_in_its_plan():
+    one = find_experiment("consecutive")
+    assert one.batch == 16 and set(CONSECUTIVE_METHODS) <= set(METHODS) and set(ALL_METHODS) <= set(METHODS)
+    cells = cells_of("consecutive", "tiny", full=True)
+    assert {c.train_num_facts for c in cells} == {16} and {c.num_facts for c in cells} == {16, 64, 256}
+
+
 def test_fine_tuning_needs_no_training_and_leaves_nothing_behind(tmp_path):
     (record,) = run_method("FT", tmp_path)
     assert record["learned"] == {} and record["history"] == [] and record["seconds"]["training"] == 0
@@ -601,15 +709,14 @@ def test_fine_tuning_needs_no_training_and_leaves_nothing_behind(tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "names"),
-    [("MALMEN", ["c_proj"]), ("MEND", ["c_proj"]), ("MALMEN, first layer", ["c_fc"]), ("FT", ["c_fc", "c_proj"])],
+    [("MALMEN", ["c_proj"]), ("MEND", ["c_proj"]), ("MALMEN, first layer", ["c_fc"])],
 )
 def test_edited_model_has_the_layers_of_the_method(method, names):
     lm = toy_model()
     edited = edited_model(lm, METHODS[method])
     assert {name.rsplit(".", 1)[1] for name in edited.layers} == set(names)
     assert edited.model is lm.model and edited.tokenizer is lm.tokenizer
-    if method != "FT":
-        assert len(edited.layers) == len(lm.layers) and (edited is lm) == (names == ["c_proj"])
+    assert len(edited.layers) == len(lm.layers) and (edited is lm) == (names == ["c_proj"])
 
 
 @pytest.mark.parametrize("make", [toy_classifier, toy_encoder_decoder])
@@ -617,7 +724,6 @@ def test_edited_model_of_other_families(make):
     lm = make(last=1)
     first = edited_model(lm, METHODS["MALMEN, first layer"])
     assert len(first.layers) >= len(lm.layers) and not set(first.layers) & set(lm.layers)
-    assert set(edited_model(lm, METHODS["FT"]).layers) >= set(lm.layers)
 
 
 # --- a breakdown as a result

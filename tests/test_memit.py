@@ -25,10 +25,11 @@ from malmen_repro.memit import (
 from malmen_repro.normal_equation import SingularGramError
 from malmen_repro.target_vectors import SubjectError, TargetConfig, Targets, random_prefixes
 from malmen_repro.weight_shifts import WeightShift
-from tests.test_target_vectors import DECODERS, QUICK, facts
-from tests.toy import toy_classifier, toy_facts, toy_model
+from tests.test_target_vectors import DECODERS, QUICK
+from tests.toy import toy_classifier, toy_corpus, toy_model
+from tests.toy import toy_facts as facts
 
-TEXTS = [f"{fact.prompt} {fact.answer}" for fact in toy_facts(80, seed=9)]
+TEXTS = toy_corpus()
 LOWER = "transformer.h.[01].mlp.c_proj"  # above block 2 there is no attention that could read a subject
 CONFIG = MEMITConfig(regularization=2.0, target=QUICK)
 
@@ -264,7 +265,7 @@ def test_other_families_are_refused():
     [
         ([], NoFactsError),
         (lambda: [facts(1)[0], replace(facts(1)[0], answer="w59")], ConflictingFactsError),
-        (lambda: toy_facts(2), SubjectError),
+        (lambda: [replace(fact, subject=None) for fact in facts(2)], SubjectError),
     ],
 )
 def test_facts_that_cannot_be_edited(some, error):

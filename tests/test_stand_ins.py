@@ -20,7 +20,9 @@ from malmen_repro.stand_ins import (
     digest,
     invent_world,
     known_share,
+    subject_mask,
     tell_claims,
+    tell_statements,
     tiny_bench,
     tiny_model,
     train_language_model,
@@ -273,7 +275,7 @@ def test_architectures_and_seeds_have_folders_of_their_own(small_world, tmp_path
     for seed in (0, 1):
         for config in configs:
             tiny_bench(seed, tmp_path, progress=False, config=config)
-    assert len(list(tmp_path.iterdir())) == 8
+    assert len(list(tmp_path.iterdir())) == 2 * len(KINDS)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -307,3 +309,37 @@ def test_an_unknown_architecture_is_refused_with_those_there_are(name, tmp_path)
     with pytest.raises(StandInError, match=f"{name!r}; there are: gpt2, gptj, t5, bert"):
         tiny_bench(0, tmp_path, architecture=name)
     assert issubclass(StandInError, MalmenError) and not list(tmp_path.iterdir())
+
+
+# --- the stand-in that recalls at the subject
+
+
+def test_statements_begin_with_their_subject_and_keep_their_answers():
+    people, towns = invent_world(3, 20, 10)
+    for facts in (people, towns):
+        for fact, told in zip(facts, tell_statements(facts), strict=True):
+            assert (told.answer, told.subject, told.relation) == (fact.answer, fact.subject, fact.relation)
+            assert len(told.equivalent_prompts) == 3
+            assert all(text.startswith(f"{fact.subject} ") for text in (told.prompt, *told.equivalent_prompts))
+            assert "[Y]" not in told.prompt and told.prompt == told.prompt.strip()
+
+
+def test_the_mask_shows_of_a_subject_only_its_last_token():
+    facts = tell_statements(invent_world(0, 20, 5)[0])[:6]
+    lm = tiny_model(small_config("gpt2-subjects"), word_tokenizer(words_of(facts)))
+    batch = next(lm.batches([fact.pair for fact in facts], 6))
+    mask = subject_mask(batch, [2] * 6)
+    length = batch.answer_mask.shape[1]
+    assert mask.shape == (6, 1, length, length)
+    seen = mask == 0
+    for row in range(6):
+        for here in range(length):
+            wanted = {there for there in range(here + 1) if here < 2 or there > 0}
+            assert set(seen[row, 0, here].nonzero()[:, 0].tolist()) == wanted
+
+
+def test_a_bench_has_the_text_its_model_was_trained_on(small_world, tmp_path):
+    bench = tiny_bench(0, tmp_path, progress=False, config=small_config("gpt2-subjects", evaluation=10))
+    known = {f"{fact.prompt} {fact.answer}" for fact in bench.known_facts}
+    assert known <= set(bench.corpus) and len(bench.corpus) == 4 * (len(bench.corpus) // 4)
+    assert bench.provenance["architecture"] == "gpt2-subjects" and bench.provenance["config"]["masked"] == 0.75

@@ -24,14 +24,10 @@ from malmen_repro.target_vectors import (
     target_vectors,
 )
 from malmen_repro.weight_shifts import WeightShift
-from tests.toy import WORDS, toy_claims, toy_classifier, toy_encoder_decoder, toy_facts, toy_model, toy_tokenizer
+from tests.toy import WORDS, toy_claims, toy_classifier, toy_encoder_decoder, toy_model, toy_tokenizer
+from tests.toy import toy_facts as facts
 
 QUICK = TargetConfig(steps=6, learning_rate=0.1, prefix_lengths=(), separator=" ", essence="{} w3", stop_loss=0.0)
-
-
-def facts(count=6, **options):
-    "Toy facts with their subject, the first two words."
-    return [replace(f, subject=" ".join(f.prompt.split()[:2])) for f in toy_facts(count, **options)]
 
 
 def gptj(dtype=torch.float32):

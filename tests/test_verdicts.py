@@ -387,7 +387,7 @@ def test_a_statement_says_what_where_and_how_far_it_may_be_off(statement):
 
 @pytest.mark.parametrize("statement", STATEMENTS, ids=name_of)
 def test_a_statement_belongs_to_the_figure_of_its_experiment(statement):
-    if statement.item == "time":
+    if statement.item == "time" or statement.experiment == "editors":  # Fig. 7 against MEMIT, where MEMIT can work
         return
     about = EXPERIMENTS.get(statement.experiment)
     figure = about.figure if about else OTHERS[statement.experiment][0]

@@ -64,10 +64,16 @@ def toy_facts(count=6, *, seed=0, start=0):
         size = int(torch.randint(low, high + 1, (), generator=generator))
         return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (size,), generator=generator).tolist())
 
+    names = [f"w{i % 60} w{i // 60}" for i in range(start, start + count)]
     return [
-        Fact(f"w{i % 60} w{i // 60} {words(1, 5)}", words(1, 3), (words(2, 6), words(2, 6)), words(2, 6), words(1, 3))
-        for i in range(start, start + count)
+        Fact(f"{name} {words(1, 5)}", words(1, 3), (words(2, 6), words(2, 6)), words(2, 6), words(1, 3), subject=name)
+        for name in names
     ]
+
+
+def toy_corpus():
+    "Texts of the toy world's words, enough for key statistics of full rank."
+    return [f"{fact.prompt} {fact.answer}" for fact in toy_facts(80, seed=9)]
 
 
 def toy_classifier(dtype=torch.float32, *, layers=None, last=2, seed=0, width=16):
