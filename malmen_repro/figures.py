@@ -142,8 +142,12 @@ def _place(point: dict[str, Any]) -> tuple[str, int, str]:
 
 # %% ../nbs/16_figures.ipynb #6dfe5eab
 # Colours that colour-blind readers tell apart too.
-PALETTE = {"MALMEN": "#0072b2", "MEND": "#d55e00", "FT": "#009e73", "MALMEN untrained": "#56b4e9"}
-MARKERS = {"MALMEN": "o", "MEND": "s", "FT": "D", "MALMEN untrained": "^"}
+PALETTE = {
+    "MALMEN": "#0072b2", "MEND": "#d55e00", "FT": "#009e73", "MALMEN untrained": "#56b4e9",
+    "MALMEN, accumulated": "#003f66", "MEMIT": "#cc79a7", "ROME": "#882255", "CoachHooK": "#332211",
+    "FT-W": "#117733", "FT-L": "#88bb55", "FT-M": "#55aa88", "LoRA": "#ddaa33",
+}
+MARKERS = {"MALMEN": "o", "MEND": "s", "FT": "D", "MALMEN untrained": "^", "MEMIT": "v", "ROME": "<", "CoachHooK": ">"}
 
 
 def figure_title(

@@ -74,7 +74,7 @@ def test_in_order_of_set_m_method_and_seed():
     wanted = [
         (data_set, m, method, seed)
         for data_set in ("a", "b") for m in (2, 16, 1024)
-        for method in (*METHODS, "Another", "MEMIT") for seed in (0, 1)
+        for method in (*METHODS, "Another", "Unknown") for seed in (0, 1)
     ]
     made = [record(method, m, seed, data_set=data_set) for data_set, m, method, seed in wanted]
     cells = [one["configuration"]["cell"] for one in in_order(made[::-1])]
