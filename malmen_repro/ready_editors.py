@@ -26,7 +26,7 @@ from malmen_repro.fine_tuning_variants import (
 from .key_statistics import EmptyCorpusError, KeyStatistics, cached_key_statistics
 from .language_models import LanguageModel
 from .memit import MEMIT, ROME, ROME_TARGET, MEMITConfig, critical_layers
-from .stand_ins import Bench
+from .stand_ins import Bench, digest
 from .target_vectors import TargetConfig
 
 # %% ../nbs/14b_ready_editors.ipynb #da2cbf69
@@ -96,7 +96,8 @@ def bench_statistics(
     "Key statistics of a bench's corpus, from the run's folder if they are there. Raises `EmptyCorpusError`."
     if not bench.corpus:
         raise EmptyCorpusError("this bench has no corpus, and MEMIT, ROME and CoachHooK need one for key statistics")
-    return cached_key_statistics(lm, bench.corpus, out_dir / "key_statistics", "corpus", progress=progress)
+    name = f"corpus-{digest(bench.corpus)}"
+    return cached_key_statistics(lm, bench.corpus, out_dir / "key_statistics", name, progress=progress)
 
 
 def _at_critical_layers(kind: type) -> Callable[[Bench, Any, Path, bool], Any]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from malmen_repro import cli, experiments, records, stand_ins
 from malmen_repro.benches import load_language_model
+from malmen_repro.coachhook import HookedShift, load_edit
 from malmen_repro.editors import EditorConfig, NonFiniteShiftError
 from malmen_repro.evaluation import MEASURES, evaluate
 from malmen_repro.experiments import EXPERIMENTS, EvaluationConfig
@@ -21,6 +23,7 @@ from malmen_repro.fine_tuning import FineTuningConfig
 from malmen_repro.ready_editors import READY
 from malmen_repro.records import read_record, weights_hash
 from malmen_repro.stand_ins import Bench
+from malmen_repro.target_vectors import TargetConfig
 from malmen_repro.training import TrainingConfig
 from malmen_repro.weight_shifts import WeightShift
 from tests.test_experiments import READY_TOYS
@@ -149,6 +152,50 @@ def test_edit_is_what_the_editor_does(made):
     assert found.metadata == {"method": "MALMEN", "facts": 5} and found.shifts.keys() == expected.shifts.keys()
     for name, shift in expected.shifts.items():
         torch.testing.assert_close(found.shifts[name], shift)
+
+
+@pytest.mark.parametrize("method", cli.READY_METHODS)
+def test_edit_with_a_method_that_needs_no_training(here, capsys, monkeypatch, method):
+    monkeypatch.setenv("MALMEN_CACHE", str(here / "cache"))
+    Path("corpus.txt").write_text("\n".join(toy_corpus()))
+    more = "--corpus corpus.txt --blocks 0" if method in ("MEMIT", "ROME", "CoachHooK") else ""
+    small = {"MEMIT": {"target": QUICK}, "ROME": {"target": QUICK}, "CoachHooK": {"memit": {"target": QUICK_WHOLE}}}
+    settings = json.dumps(small.get(method, {"FT": {"epochs": 1}}.get(method, {"steps": 2}))).replace(" ", "")
+    line = f"edit --model model --facts new.jsonl --method {method} {more} --settings {settings} --out a/edit --quiet"
+    assert call(line) == 0
+    assert f"5 facts edited by {method}" in capsys.readouterr().out
+    assert call("evaluate --model model --facts new.jsonl --shift a/edit --quiet") == 0
+    assert "| ES " in capsys.readouterr().out
+    edit = load_edit("a/edit")
+    assert isinstance(edit, HookedShift) == (method == "CoachHooK") and edit.metadata["facts"] == 5
+
+
+QUICK = {"steps": 2, "prefix_lengths": [2], "separator": "_", "essence": "{}_w3"}
+QUICK_WHOLE = {**asdict(TargetConfig()), **QUICK}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "give either --editor DIR"),
+        ("--editor editor --method FT", "give either --editor DIR"),
+        ("--method MEMIT", "MEMIT needs --corpus FILE"),
+        ("--method CoachHooK --corpus new.jsonl", "CoachHooK needs --corpus FILE"),
+        ("--method CoachHooK --merge-into there", "can't be merged"),
+        ("--method LoRA --settings {", "--settings must be a JSON object"),
+        ("--method LoRA --settings 3", "--settings must be a JSON object"),
+        ('--method LoRA --settings {"speed":1}', "LoRA has no setting 'speed'; it has: learning_rate"),
+        ('--method LoRA --settings {"rank":0}', "rank=0"),
+        ("--method MEMIT --corpus new.jsonl --blocks 7", "no linear layer matches"),
+    ],
+)
+def test_edit_says_what_is_missing(here, capsys, monkeypatch, options, message):
+    monkeypatch.setenv("MALMEN_CACHE", str(here / "cache"))
+    assert message in fails(capsys, f"edit --model model --facts new.jsonl --out s {options} --quiet")
+
+
+def test_the_methods_of_the_command_line_are_those_there_are():
+    assert set(cli.READY_METHODS) == set(READY)
 
 
 def test_training_goes_on_where_it_stopped(here, capsys):

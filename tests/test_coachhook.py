@@ -14,6 +14,7 @@ from malmen_repro.coachhook import (
     HookedShift,
     HookedShiftError,
     hooked,
+    load_edit,
     row_scores,
     z_scores,
 )
@@ -365,3 +366,15 @@ def test_one_batch_against_dense_least_squares():
     keys = at_subjects(lm, SubjectRows(lm, some, [""], editor.config.memit).keys, name, 0, 64)
     wanted = memory_update(keys, targets.z - targets.hidden, 3.0 * editor.memit.statistics.second_moments[name])
     torch.testing.assert_close(editor.edit(some).shifts[name], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_an_edit_is_loaded_as_what_it_is(tmp_path):
+    lm = toy_model()
+    hook_layers = HookedShift(random_shifts(lm), dict.fromkeys(lm.layers, 1.5)).save(tmp_path / "a")
+    plain = WeightShift(random_shifts(lm)).save(tmp_path / "b")
+    assert isinstance(load_edit(hook_layers), HookedShift) and isinstance(load_edit(plain), WeightShift)
+    with pytest.raises(WeightShiftError, match="there is no shift file"):
+        load_edit(tmp_path / "c")
+    (tmp_path / "d").write_text("no")
+    with pytest.raises(WeightShiftError, match="damaged"):
+        load_edit(tmp_path / "d")
