@@ -199,8 +199,10 @@ def panels(
         figure = Figure(figsize=(3.7 * columns, 0.9 + 2.9 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     yield figure, grid
+    experiment = EXPERIMENTS.get(records[0]["configuration"]["cell"]["experiment"])
+    batch = experiment.batch if experiment else 0
     for ax in grid[-1]:
-        ax.set_xlabel("facts edited at once, m")
+        ax.set_xlabel(f"facts, edited in batches of {batch}" if batch else "facts edited at once, m")
     figure.suptitle(figure_title(records) + (f"\n{note}" if note else ""), fontsize=10)
     if path is not None:
         save_figure(figure, path)
@@ -219,7 +221,7 @@ def draw_scaling(
                 _panel(ax, [point for point in points if point["data_set"] == data_set], measure)
             row[0].set_ylabel(data_set)
         handles, labels = grid[0][2].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     return figure
 
 # %% ../nbs/16_figures.ipynb #1c02a2a8
