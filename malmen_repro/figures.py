@@ -343,8 +343,9 @@ def draw_residuals(
                     xs, ys = [row["num_facts"] for row in mine], [row[name] for row in mine]
                     sns.lineplot(x=xs, y=ys, ax=ax, errorbar="sd", label=label, **look)
                 logarithmic_axis(ax, sorted({row["num_facts"] for row in ours}))
-                ax.set_title(f"{data_set}: {'each in its own way' if first else f'one editor, two ways: {name}'}")
-                ax.set_ylabel("mean residual" if name == "residual" else "share that survives")
+                ax.set_title("each in its own way" if first else f"one editor, two ways: {name}")
+                measure = "mean residual" if name == "residual" else "share that survives"
+                ax.set_ylabel(f"{data_set}: {measure}" if first else measure)
                 # A sum's share runs from far below 0 to far above 1, beside the normal equation's between them.
                 ax.set_yscale("log") if name == "residual" else ax.set_yscale("symlog", linthresh=1)
                 ax.legend(fontsize=8)
