@@ -292,7 +292,8 @@ def test_draw_residuals():
     texts = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in (own, both)]
     assert texts[0] == ["MALMEN (normal equation)", "MEND (sum)"]
     assert texts[1] == ["sum, MALMEN's tokens", "normal equation, MALMEN's tokens"]
-    assert own.get_title().startswith("a: each") and survives.get_ylabel() == "share that survives"
+    assert own.get_title() == "each in its own way" and own.get_ylabel() == "a: mean residual"
+    assert survives.get_ylabel() == "share that survives"
     line = own.get_lines()[0]
     assert line.get_xdata().tolist() == [16, 64] and line.get_ydata().tolist() == pytest.approx([0.024, 0.096])
     assert line.get_color() == PALETTE["MALMEN"]
