@@ -25,7 +25,7 @@ from malmen_repro.language_models import (
     weight_view,
 )
 from malmen_repro.weight_shifts import WeightShift
-from tests.toy import toy_claims, toy_classifier, toy_encoder_decoder, toy_facts, toy_model, toy_tokenizer
+from tests.toy import toy_classifier, toy_facts, toy_model, toy_tokenizer
 
 FFN = ["transformer.h.*.mlp.c_fc", "transformer.h.*.mlp.c_proj"]
 CONFIG = FineTuningConfig(learning_rate=0.01, weight_decay=0.3, epochs=3, batch_size=5)
@@ -74,21 +74,6 @@ def test_the_shift_is_what_adamw_does_to_the_weights(count, mini, decay, options
     config = replace(CONFIG, weight_decay=decay, batch_size=mini, seed=count)
     shift = FineTuning(lm, config).edit(facts)
     assert difference(shift, WeightShift(trained_weights(lm, facts, config))) < 1e-10
-
-
-FAMILIES = {
-    "decoder": (toy_model, toy_facts),
-    "classifier": (toy_classifier, toy_claims),
-    "T5": (toy_encoder_decoder, toy_facts),
-    "BART": (lambda dtype: toy_encoder_decoder(dtype, kind="bart"), toy_facts),
-}
-
-
-@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
-def family(request):
-    "A model of each family in float64, wrapped for MALMEN, and facts for it."
-    make, facts = request.param
-    return make(torch.float64), facts(9)
 
 
 def test_every_family_is_fine_tuned_as_adamw_would(family):

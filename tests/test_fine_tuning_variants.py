@@ -44,7 +44,7 @@ from malmen_repro.language_models import (
     weight_view,
 )
 from malmen_repro.weight_shifts import WeightShift, overlaid
-from tests.toy import toy_claims, toy_classifier, toy_encoder_decoder, toy_facts, toy_model
+from tests.toy import toy_classifier, toy_encoder_decoder, toy_facts, toy_model
 
 LAST = "prompt's last token"
 CONFIG = SteppedFineTuningConfig(learning_rate=0.01, weight_decay=0.3, steps=5, batch_size=5)
@@ -207,21 +207,6 @@ def test_the_shift_is_what_adam_does_to_the_weights(count, mini, decay, kind):
     lm, facts = toy_model(torch.float64), toy_facts(count)
     config = replace(CONFIG, weight_decay=decay, batch_size=mini, seed=count, loss=kind)
     assert difference(SteppedFineTuning(lm, config).edit(facts), trained_weights(lm, facts, config)) < 1e-10
-
-
-FAMILIES = {
-    "decoder": (toy_model, toy_facts),
-    "classifier": (toy_classifier, toy_claims),
-    "T5": (toy_encoder_decoder, toy_facts),
-    "BART": (lambda dtype: toy_encoder_decoder(dtype, kind="bart"), toy_facts),
-}
-
-
-@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
-def family(request):
-    "A model of each family in float64, wrapped for MALMEN, and facts for it."
-    build, facts = request.param
-    return build(torch.float64), facts(9)
 
 
 def test_every_family_is_tuned_as_adam_would(family):

@@ -124,3 +124,11 @@ def toy_claims(count=6, *, seed=0, start=0):
         Fact(f.prompt, label(), f.equivalent_prompts, f.unrelated_prompt, label())
         for f in toy_facts(count, seed=seed, start=start)
     ]
+
+
+EVERY_FAMILY = {  # a model of each, and facts for it
+    "decoder": (toy_model, toy_facts),
+    "classifier": (toy_classifier, toy_claims),
+    "T5": (toy_encoder_decoder, toy_facts),
+    "BART": (lambda dtype: toy_encoder_decoder(dtype, kind="bart"), toy_facts),
+}
