@@ -281,13 +281,9 @@ def ready(
     from malmen_repro.ready_editors import ready_editor, ready_settings
     from malmen_repro.stand_ins import Bench, cache_folder
 
-    values = asdict(ready_settings("paper", args.method))
     try:
-        asked = json.loads(args.settings)
-        if wrong := sorted(set(asked) - set(values)):
-            raise UsageError(f"{args.method} has no setting {wrong[0]!r}; it has: {', '.join(values)}")
-        values |= {n: values[n] | value if isinstance(values[n], dict) else value for n, value in asked.items()}
-    except (json.JSONDecodeError, TypeError) as error:
+        values = _set(args.method, asdict(ready_settings("paper", args.method)), json.loads(args.settings))
+    except json.JSONDecodeError as error:
         raise UsageError(f"--settings must be a JSON object such as '{{\"steps\": 30}}': {error}") from error
     corpus = []
     if "blocks" in (memit := values.get("memit", values)):
@@ -297,6 +293,29 @@ def ready(
         corpus = args.corpus.read_text(encoding="utf-8").splitlines()
     bench = Bench(lm, [], {}, {}, corpus=corpus)
     return ready_editor(args.method, bench, values, cache_folder(), progress=not args.quiet)
+
+
+def _set(
+    name: str,  # of what is set, for messages
+    values: dict[str, Any],  # settings as they are, some of them settings in turn
+    asked: Any,  # those that are to be others, as JSON has them
+) -> dict[str, Any]:
+    "The settings as asked for. Raises `UsageError` for one that there isn't, and for another kind of value."
+    if not isinstance(asked, dict):
+        raise UsageError(f"--settings must be a JSON object such as '{{\"steps\": 30}}', and for {name} is {asked!r}")
+    found = dict(values)
+    for key, value in asked.items():
+        if key not in values:
+            raise UsageError(f"{name} has no setting {key!r}; it has: {', '.join(values)}")
+        now = values[key]
+        if isinstance(now, dict):
+            found[key] = _set(f"{name}'s {key}", now, value)
+            continue
+        kinds = {float: (int, float), tuple: list, type(None): (int, type(None))}.get(type(now), type(now))
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(now, bool):  # a bool is an int
+            raise UsageError(f"{name}'s {key} cannot be {value!r}: it is {now!r} by default")
+        found[key] = float(value) if isinstance(now, float) else value
+    return found
 
 
 def editor_layers(

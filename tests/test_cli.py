@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from malmen_repro.fine_tuning import FineTuningConfig
 from malmen_repro.ready_editors import READY
 from malmen_repro.records import read_record, weights_hash
 from malmen_repro.stand_ins import Bench
-from malmen_repro.target_vectors import TargetConfig
 from malmen_repro.training import TrainingConfig
 from malmen_repro.weight_shifts import WeightShift
 from tests.test_experiments import READY_TOYS
@@ -159,7 +157,7 @@ def test_edit_with_a_method_that_needs_no_training(here, capsys, monkeypatch, me
     monkeypatch.setenv("MALMEN_CACHE", str(here / "cache"))
     Path("corpus.txt").write_text("\n".join(toy_corpus()))
     more = "--corpus corpus.txt --blocks 0" if method in ("MEMIT", "ROME", "CoachHooK") else ""
-    small = {"MEMIT": {"target": QUICK}, "ROME": {"target": QUICK}, "CoachHooK": {"memit": {"target": QUICK_WHOLE}}}
+    small = {"MEMIT": {"target": QUICK}, "ROME": {"target": QUICK}, "CoachHooK": {"memit": {"target": QUICK}}}
     settings = json.dumps(small.get(method, {"FT": {"epochs": 1}}.get(method, {"steps": 2}))).replace(" ", "")
     line = f"edit --model model --facts new.jsonl --method {method} {more} --settings {settings} --out a/edit --quiet"
     assert call(line) == 0
@@ -171,7 +169,6 @@ def test_edit_with_a_method_that_needs_no_training(here, capsys, monkeypatch, me
 
 
 QUICK = {"steps": 2, "prefix_lengths": [2], "separator": "_", "essence": "{}_w3"}
-QUICK_WHOLE = {**asdict(TargetConfig()), **QUICK}
 
 
 @pytest.mark.parametrize(
@@ -186,6 +183,11 @@ QUICK_WHOLE = {**asdict(TargetConfig()), **QUICK}
         ("--method LoRA --settings 3", "--settings must be a JSON object"),
         ('--method LoRA --settings {"speed":1}', "LoRA has no setting 'speed'; it has: learning_rate"),
         ('--method LoRA --settings {"rank":0}', "rank=0"),
+        ('--method LoRA --settings {"rank":"8"}', "LoRA's rank cannot be '8': it is 8 by default"),
+        ('--method LoRA --settings {"rank":true}', "LoRA's rank cannot be True"),
+        ('--method MEMIT --settings {"target":3}', "and for MEMIT's target is 3"),
+        ('--method MEMIT --settings {"target":{"speed":1}}', "MEMIT's target has no setting 'speed'; it has: steps"),
+        ('--method CoachHooK --settings {"memit":{"target":{"steps":"x"}}}', "target's steps cannot be 'x'"),
         ("--method MEMIT --corpus new.jsonl --blocks 7", "no linear layer matches"),
     ],
 )
