@@ -221,8 +221,8 @@ class TracedFact:
             with replaced(self.lm, self.patches(some)):
                 with until_seen({name: self.lm.model.get_submodule(name) for name in modules}) as seen:
                     self.lm.model(**self.batch(len(some)).inputs, use_cache=False)
-            for name, (_, output) in seen.items():
-                found[name].append(output)
+            for name, passage in seen.items():
+                found[name].append(passage.left)
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def note(self, clean: Sequence[str] = (), corrupted: Sequence[str] = ()) -> "TracedFact":

@@ -30,8 +30,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .benches import TRAIN_FACTS, BenchFor
-from .coachhook import CoachHooK
-from .consecutive import Consecutive, RememberingMALMEN
+from .consecutive import RememberingMALMEN, consecutive
 from .editors import MALMEN, MEND, Editor, EditorConfig
 from .evaluation import Scores, answer_predictions, evaluate, share
 from .facts import Fact, MalmenError, Pair, pair_unrelated
@@ -86,9 +85,9 @@ class Method:
 METHODS: dict[str, Method] = {  # the order in tables and legends
     "MALMEN": Method(),
     "MEND": Method(MEND),
-    "FT": Method(trained=False),
+    "FT": Method(READY["FT"].editor, trained=False),
     "MALMEN untrained": Method(changes={"rank": 1, "blocks": 1}, trained=False),
-    **{name: Method(trained=False) for name in READY if name != "FT"},
+    **{name: Method(ready.editor, trained=False) for name, ready in READY.items() if name != "FT"},
     "MALMEN, accumulated": Method(RememberingMALMEN),
     "MALMEN, no regularisation": Method(changes={"regularization": 0.0}, may_fail=True),
     "MALMEN, first layer": Method(layers="first"),
@@ -672,12 +671,9 @@ def edited_in_batches(
     progress: bool = False,  # show bars
 ) -> Edit:
     "The edit of all facts, from the unedited model on; batch after batch with no rolling back in between."
-    if isinstance(editor, CoachHooK):
-        editor.reset()  # its edits go on from one another by themselves
-    elif batch:
-        editor = Consecutive(editor)
-    for start in range(0, len(facts), batch or len(facts)):
-        edit = editor.edit(facts[start : start + (batch or len(facts))], batch_size, progress)
+    run, batch = consecutive(editor), batch or len(facts)
+    for start in range(0, len(facts), batch):
+        edit = run.edit(facts[start : start + batch], batch_size, progress)
     return edit
 
 

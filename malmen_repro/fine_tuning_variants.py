@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LOSSES', 'FT_W', 'FT_L', 'FT_M', 'answer_loss', 'last_token_loss', 'FactLoss', 'prompt_alone', 'StepConfig',
            'SteppedFineTuningConfig', 'stepped_layer', 'TunedShifts', 'mini_batches', 'SteppedEditor',
-           'SteppedFineTuning', 'LoRAConfig', 'adapter', 'swapped', 'FactDropout', 'TunedAdapters', 'LoRA']
+           'SteppedFineTuning', 'LoRAConfig', 'adapter', 'FactDropout', 'TunedAdapters', 'LoRA']
 
 # %% ../nbs/10a_fine_tuning_variants.ipynb #13e1ffc4
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +29,7 @@ from .facts import Fact, check_facts
 from .fine_tuning import FineTuningConfig, ShiftAdamW
 from .keys_and_gradients import at_least_float32
 from .language_models import EncodedPair, LanguageModel, TokenBatch, feed_forward, match_layers
-from .weight_shifts import WeightShift, overlaid
+from .weight_shifts import WeightShift, overlaid, swapped
 
 # %% ../nbs/10a_fine_tuning_variants.ipynb #89a1d9e9
 def answer_loss(
@@ -257,7 +257,7 @@ def _accumulate(
     loss, chosen = LOSSES[editor.config.loss], [pairs[row] for row in rows.tolist()]
     total = torch.zeros(len(chosen), dtype=torch.float64)
     for batch in editor.lm.batches([loss.reads(pair) for pair in chosen], batch_size):
-        facts = rows[list(dict.fromkeys(batch.rows.tolist()))].tolist()  # in the order of the batch
+        facts = rows[batch.owners.cpu()].tolist()  # in the order of the batch
         with torch.enable_grad(), tuned.on(facts, step):
             losses = loss.of(editor.lm.answer_logits(batch), batch, chosen)
             (losses.sum() / len(chosen)).backward()
@@ -337,24 +337,6 @@ def adapter(
     for factors in (made.lora_A, made.lora_B):
         factors.to(dtype)
     return made
-
-
-@contextmanager
-def swapped(
-    model: nn.Module,  # any module
-    others: Mapping[nn.Module, nn.Module],  # module -> what stands in its place
-) -> Iterator[None]:
-    "While on, some modules are replaced, wherever they stand; afterwards the model is as it was, whatever happened."
-    named = model.named_modules(remove_duplicate=False)
-    places = [(*name.rpartition(".")[::2], module) for name, module in named if module in others]
-    parents = [(model.get_submodule(parent), child, module) for parent, child, module in places]
-    try:
-        for parent, child, module in parents:
-            setattr(parent, child, others[module])
-        yield
-    finally:
-        for parent, child, module in parents:
-            setattr(parent, child, module)
 
 # %% ../nbs/10a_fine_tuning_variants.ipynb #6687cd1e
 class FactDropout(nn.Module):

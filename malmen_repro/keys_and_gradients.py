@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -108,16 +108,10 @@ def _check_finite(name: str, cached: KeysAndGradients, batch: TokenBatch, mask: 
     for what, tensor in zip(("key", "value gradient"), cached, strict=True):
         wrong = ~torch.isfinite(tensor).all(dim=-1)
         if wrong.any():
-            rows = sorted(set(_owners(batch, mask)[wrong].tolist()))
+            rows = sorted(set(batch.owners[mask.nonzero()[:, 0]][wrong].tolist()))
             listed = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
             raise NonFiniteGradientError(
                 f"a {what} at layer {name} is not finite (pairs {listed}, counted from 0): "
                 "leave them out, or load the model in a precision with more range"
             )
 
-
-def _owners(batch: TokenBatch, mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " masked"]:
-    "Which of the caller's pairs each position under a mask belongs to."
-    owner = batch.rows.new_zeros(len(mask))
-    owner[batch.answer_mask.nonzero()[:, 0]] = batch.rows
-    return owner[mask.nonzero()[:, 0]]

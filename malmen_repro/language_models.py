@@ -163,6 +163,13 @@ class TokenBatch:
         "How many pairs the batch holds."
         return len(self.answer_mask)
 
+    @property
+    def owners(self) -> Int[Tensor, " batch"]:  # places in the caller's list
+        "Which pair each row is: every row has an answer token, and `rows` knows whose that is."
+        owner = self.rows.new_zeros(self.size)
+        owner[self.answer_mask.nonzero()[:, 0]] = self.rows
+        return owner
+
     def to(
         self,
         device: torch.device | str,  # where the model is

@@ -394,7 +394,7 @@ def subject_mask(
     "What lets tokens behind a subject see no more of it than its last token."
     size, length = batch.answer_mask.shape
     closed = torch.ones(length, length).triu(1).bool().repeat(size, 1, 1)
-    for row, owner in zip(batch.answer_mask.nonzero()[:, 0].tolist(), batch.rows.tolist(), strict=True):
+    for row, owner in enumerate(batch.owners.tolist()):
         closed[row, subjects[owner] :, : subjects[owner] - 1] = True
     return torch.zeros(size, 1, length, length).masked_fill(closed[:, None], torch.finfo(torch.float32).min)
 

@@ -24,6 +24,7 @@ from .facts import Fact, MalmenError
 from .key_statistics import until_seen
 from .keys_and_gradients import at_least_float32
 from .language_models import LanguageModel, LayerPatternError, TokenBatch, gathered
+from .weight_shifts import swapped
 
 # %% ../nbs/11a_target_vectors.ipynb #8b557c92
 class SubjectError(MalmenError, ValueError):
@@ -107,15 +108,9 @@ def block_output(
     batch: TokenBatch,
 ) -> BlockOutput:
     "With nothing computed above the block."
-    forms: list[bool] = []
-    module = lm.model.get_submodule(block)
-    handle = module.register_forward_hook(lambda _module, _args, output: forms.append(isinstance(output, tuple)))
-    try:
-        with torch.no_grad(), until_seen({block: module}) as seen:
-            lm.model(**batch.inputs, use_cache=False)
-    finally:
-        handle.remove()
-    return BlockOutput(seen[block][1], forms[0])
+    with torch.no_grad(), until_seen({block: lm.model.get_submodule(block)}) as seen:
+        lm.model(**batch.inputs, use_cache=False)
+    return BlockOutput(seen[block].left, seen[block].as_tuple)
 
 
 @contextmanager
@@ -127,15 +122,10 @@ def resumed_after(
 ) -> Iterator[None]:
     "While on, the model skips the blocks up to L and goes on from `states()`."
     parent, last = block.rsplit(".", 1)
-    blocks = lm.model.get_submodule(parent)
-    kept = list(blocks[: int(last) + 1])
-    try:
-        for i, module in enumerate(kept):
-            blocks[i] = _Placeholder(module, states if i == int(last) else None, as_tuple)
+    *below, top = lm.model.get_submodule(parent)[: int(last) + 1]
+    others = {module: _Placeholder(module, None, as_tuple) for module in below}
+    with swapped(lm.model, {**others, top: _Placeholder(top, states, as_tuple)}):
         yield
-    finally:
-        for i, module in enumerate(kept):
-            blocks[i] = module
 
 # %% ../nbs/11a_target_vectors.ipynb #b5975125
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from malmen_repro.coachhook import CoachHooK, CoachHooKConfig
-from malmen_repro.consecutive import Consecutive, RememberingMALMEN
+from malmen_repro.consecutive import Consecutive, RememberingMALMEN, consecutive
 from malmen_repro.editors import MALMEN, MEND, EditorConfig, EditorError
 from malmen_repro.facts import NoFactsError
 from malmen_repro.fine_tuning import FineTuning, FineTuningConfig
@@ -120,3 +120,13 @@ def test_coachhook_needs_no_wrapping():
     with pytest.raises(EditorError, match="HookedShift, which can't be added up"):
         Consecutive(coach).edit(facts(3))
     assert isinstance(Consecutive(EDITORS["MALMEN"]()).shift, WeightShift)
+
+
+def test_any_editor_as_one_that_goes_on_from_its_last_edit():
+    lm = toy_model(layers=LOWER, last=None)
+    coach = CoachHooK(lm, key_statistics(lm, TEXTS), CoachHooKConfig(memit=CONFIG))
+    coach.edit(facts(3))
+    assert consecutive(coach) is coach and coach.batches == 0  # anew
+    run = consecutive(EDITORS["MEMIT"]())
+    assert isinstance(run, Consecutive) and run.batches == 0
+    assert run.edit(facts(3)).metadata["batches"] == 1

@@ -657,7 +657,8 @@ def test_ready_settings_of_every_tier_survive_a_record(tier, method):
             assert memit.blocks == CRITICAL.get((tier, family), (0,)) and memit.target.seed == 3
         else:
             assert config.seed == 3
-    assert set(TINY) == set(PAPERS) == set(READY) - {"FT"}
+    assert set(TINY) == set(PAPERS) == set(READY)
+    assert all(METHODS[name].editor is ready.editor for name, ready in READY.items())
 
 
 # --- batch after batch
@@ -667,6 +668,8 @@ def test_all_at_once_is_one_edit():
     calls = []
 
     class Editor:
+        lm, method = toy_model(), "toy"
+
         def edit(self, facts, batch_size, progress):
             calls.append(len(facts))
             return WeightShift({})

@@ -115,8 +115,8 @@ def test_keys_of_are_the_inputs_at_the_marked_positions():
     keys = keys_of(lm, batch)
     with torch.no_grad(), until_seen({"lm_head": lm.model.lm_head}), until_seen(lm.layers) as seen:
         lm.model(**batch.inputs)
-    for name, (entered, _) in seen.items():
-        assert torch.equal(keys[name], entered[batch.answer_mask])
+    for name, passage in seen.items():
+        assert torch.equal(keys[name], passage.entered[batch.answer_mask])
 
 
 # --- files

@@ -866,3 +866,11 @@ def test_other_weights_are_another_model(gpt2):
     assert "edited layers" in same_model(
         fingerprint(gpt2), fingerprint(LanguageModel(gpt2.model, word_tokenizer(), last=1))
     )
+
+
+def test_every_row_knows_whose_it_is(family):
+    lm, facts = family
+    pairs = lm.encode([fact.pair for fact in facts])
+    for batch in lm.batches(pairs, 4):
+        rows = batch.answer_mask.nonzero()[:, 0]
+        assert torch.equal(batch.owners[rows], batch.rows) and len(set(batch.owners.tolist())) == batch.size
