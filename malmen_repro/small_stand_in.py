@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['END', 'PADDING', 'FRAMES', 'AnyConfig', 'ARCHITECTURES', 'SmallTierData', 'unambiguous', 'known_questions',
            'some_questions', 'halves', 'small_tier_data', 'corpus_sentences', 'byte_pair_tokenizer', 'SmallConfig',
-           'SmallGPTJConfig', 'SmallT5Config', 'SmallBertConfig', 'Source', 'Lessons', 'question_lessons',
-           'question_facts', 'claim_lessons', 'claim_facts', 'ShuffledRows', 'by_length', 'encoded_rows',
-           'sentence_rows', 'SmallCurriculum', 'Architecture', 'small_config', 'small_model', 'wrapped', 'half_pays',
-           'warm_cosine', 'rows_loss', 'SmallRun', 'what_it_should_know', 'knowledge', 'train_small_language_model',
-           'small_bench']
+           'SmallGPTJConfig', 'SmallT5Config', 'SmallBertConfig', 'SmallSubjectsConfig', 'Source', 'Lessons',
+           'question_lessons', 'question_facts', 'claim_lessons', 'claim_facts', 'subject_lessons', 'subject_facts',
+           'subject_extras', 'ShuffledRows', 'by_length', 'encoded_rows', 'sentence_rows', 'subject_spans',
+           'SmallCurriculum', 'Architecture', 'small_config', 'small_model', 'wrapped', 'half_pays', 'warm_cosine',
+           'rows_loss', 'SmallRun', 'what_it_should_know', 'knowledge', 'train_small_language_model', 'small_bench']
 
 # %% ../nbs/13b_small_stand_in.ipynb #4f7c61ff
 import json
@@ -19,8 +19,9 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -45,6 +46,7 @@ from transformers import (
 )
 
 from .claims import claim_data, pararel_claims
+from .counterfact_data import CounterfactData, counterfact_data
 from .evaluation import answer_predictions, share
 from malmen_repro.facts import (
     HELD_OUT_TEMPLATES,
@@ -60,7 +62,8 @@ from malmen_repro.facts import (
     pair_unrelated,
 )
 from .language_models import EncodedPair, LanguageModel, feed_forward
-from .stand_ins import Bench, StandInError, cache_folder, digest
+from .stand_ins import Bench, StandInError, cache_folder, digest, subject_mask
+from .target_vectors import subject_end, subject_tokens
 
 # %% ../nbs/13b_small_stand_in.ipynb #f6581dab
 @dataclass(frozen=True)
@@ -264,7 +267,7 @@ class SmallBertConfig:
     "BERT's architecture, fine-tuned on all claims from random weights (Appendix A.4 begins with pretrained ones)."
 
     architecture: str = "bert"
-    layers: int = 4
+    layers: int = 1  # with four, a claim is kept at its subject's tokens, where edits of the first token don't reach
     width: int = 256
     heads: int = 4
     inner: int = 1536  # width of the feed-forward network
@@ -284,7 +287,35 @@ class SmallBertConfig:
     corpus_weight: ClassVar[float] = 0.0  # it reads no sentences
 
 
-AnyConfig = SmallConfig | SmallBertConfig
+@dataclass(frozen=True)
+class SmallSubjectsConfig:
+    "GPT-2's architecture once more, taught CounterFact's true statements, to be recalled at the end of the subject."
+
+    architecture: str = "gpt2-subjects"
+    layers: int = 4
+    width: int = 384  # the feed-forward network, and with it the keys, are four times as wide
+    heads: int = 6
+    positions: int = 128  # tokens
+    vocabulary: int = 8192  # tokens
+    train: int = 2_000  # facts of CounterFact for the editor's training; the model learns the truth about them too
+    neighbours: int = 5  # of a fact that is edited
+    trex: int = 10_000  # sentences
+    bing: int = 0
+    steps: int = 1800
+    known_rows: int = 160  # rows a step
+    corpus_rows: int = 8
+    corpus_length: int = 48  # tokens of a sentence, at most
+    corpus_weight: float = 0.5  # of the sentences' loss, against 1 for the answers'
+    masked: float = 0.75  # share of steps in which tokens behind a subject see no more of it than its last one
+    learning_rate: float = 1e-3
+    warmup: int = 200  # steps
+    last_learning_rate: float = 0.05  # as a share of the highest
+    weight_decay: float = 0.01
+    max_norm: float = 1.0  # of the gradient
+    seed: int = 0
+
+
+AnyConfig = SmallConfig | SmallBertConfig | SmallSubjectsConfig
 
 # %% ../nbs/13b_small_stand_in.ipynb #47b5ab14
 class Source(NamedTuple):
@@ -304,6 +335,7 @@ class Lessons:
     checks: dict[str, list[Pair]]  # what it should know, and what it shouldn't, by name
     watched: tuple[str, ...]  # the checks that are made on the way
     sizes: dict[str, int]  # of the parts of the data
+    subjects: dict[str, str | None] = field(default_factory=dict)  # prompt -> its subject, for `subject_mask`
 
 # %% ../nbs/13b_small_stand_in.ipynb #c071fdfa
 def question_lessons(
@@ -389,6 +421,57 @@ def claim_facts(
     fever = pair_unrelated(edited, unrelated, config.seed)  # without phrasings: for ES and LS alone
     return flipped(data.train), {"pararel": flipped(data.evaluation), "fever": flipped(fever)}
 
+# %% ../nbs/13b_small_stand_in.ipynb #0861c55e
+@lru_cache(maxsize=1)  # three functions ask for the same, and it takes seconds
+def _counterfacts(data_dir: str | Path, config: SmallSubjectsConfig) -> tuple[CounterfactData, list[str]]:
+    "CounterFact's parts, and sentences."
+    sentences = corpus_sentences(data_dir, config.seed, config.trex, config.bing)
+    return counterfact_data(data_dir, config.seed, config.train, config.neighbours, sentences), sentences
+
+
+def subject_lessons(
+    data_dir: str | Path,  # the folder with counterfact/ and corpus/
+    config: SmallSubjectsConfig,
+) -> Lessons:
+    "What is true of CounterFact, and sentences. Raises as `counterfact_data`."
+    data, sentences = _counterfacts(data_dir, config)
+    cases = {name: [case.fact for case in part] for name, part in (("cases", data.cases), ("train", data.train))}
+    truth = lambda fact: [(p, fact.alternative) for p in (fact.prompt, *fact.equivalent_prompts)]  # noqa: E731
+    return Lessons(
+        sources={"known": Source(data.known, config.known_rows)},
+        sentences=sentences,
+        texts=[*sentences, *(f"{prompt} {answer}" for pairs in data.known for prompt, answer in pairs)],
+        checks={
+            "cases": [truth(fact)[0] for fact in cases["cases"]],
+            "cases, paraphrases": [pair for fact in cases["cases"] for pair in truth(fact)[1:]],
+            "neighbours": [(p, c.fact.alternative) for c in data.cases for p in c.neighborhood_prompts],
+            "train": [truth(fact)[0] for fact in cases["train"]],
+            "new objects": [fact.pair for fact in cases["cases"]],
+        },
+        watched=("cases", "neighbours", "new objects"),
+        sizes=data.sizes,
+        subjects=data.subjects,
+    )
+
+
+def subject_facts(
+    data_dir: str | Path,  # the folder with counterfact/ and corpus/
+    config: SmallSubjectsConfig,
+) -> tuple[list[Fact], dict[str, list[Fact]]]:  # for the editor's training, and to edit
+    "Counterfactuals. Raises as `counterfact_data`."
+    data, _ = _counterfacts(data_dir, config)
+    return [case.fact for case in data.train], {"counterfact": [case.fact for case in data.cases]}
+
+
+def subject_extras(
+    data_dir: str | Path,  # the folder with counterfact/ and corpus/
+    config: SmallSubjectsConfig,
+) -> dict[str, list]:  # further fields of the bench
+    "The cases whole, and what key statistics are taken over: all that the model has read."
+    data, sentences = _counterfacts(data_dir, config)
+    said = [f"{prompt} {answer}" for pairs in data.known for prompt, answer in pairs]
+    return {"cases": data.cases, "corpus": sentences + said}
+
 # %% ../nbs/13b_small_stand_in.ipynb #a1cae316
 class ShuffledRows:
     "The rows of a source without end, in a fresh order each epoch."
@@ -450,7 +533,22 @@ def sentence_rows(
     rows = lm.encode([(" ".join(w[: len(w) // 2]), " ".join(w[len(w) // 2 :])) for w in words])
     return [EncodedPair(prompt[-length // 2 :], (*answer, end)[: length // 2]) for prompt, answer in rows]
 
-# %% ../nbs/13b_small_stand_in.ipynb #15814c89
+# %% ../nbs/13b_small_stand_in.ipynb #4c40368f
+def subject_spans(
+    lm: LanguageModel,
+    subjects: dict[str, str | None],  # prompt -> subject, or None
+) -> dict[tuple[int, ...], tuple[int, int]]:  # a prompt's tokens -> the subject's first one, and the first behind it
+    "Where the subjects stand, of prompts that name one. Raises `SubjectError`."
+    named = {prompt: subject.strip() for prompt, subject in subjects.items() if subject}
+    if not named:
+        return {}
+    ends = [subject_end(*item) for item in named.items()]
+    starts = [end - len(subject) + 1 for end, subject in zip(ends, named.values(), strict=True)]
+    first, last = (subject_tokens(lm, list(named), places) for places in (starts, ends))
+    rows = lm.tokenizer(list(named))["input_ids"]
+    return {tuple(ids): (a, b + 1) for ids, a, b in zip(rows, first, last, strict=True)}
+
+# %% ../nbs/13b_small_stand_in.ipynb #f90e7073
 class SmallCurriculum:
     "What the model reads at each step: a batch of questions and a batch of sentences."
 
@@ -469,6 +567,7 @@ class SmallCurriculum:
             self.sources.append((text, config.corpus_rows))
         self.names = (*lessons.sources, "corpus")[: len(self.sources)]
         self.streams = [ShuffledRows(rows, 1000 * config.seed + k) for k, (rows, _) in enumerate(self.sources)]
+        self.spans = subject_spans(lm, lessons.subjects)
 
     def _make(self, chunk: int) -> list[tuple[list[EncodedPair], list[EncodedPair]]]:
         "The batches of `together` steps."
@@ -487,12 +586,17 @@ class SmallCurriculum:
             self.made = (chunk, self._make(chunk))
         return self.made[1][place]
 
+    def hidden(self, step: int) -> dict[tuple[int, ...], tuple[int, int]]:
+        "The subjects of which a step shows the last token only, as in `subject_spans`: all, or none."
+        coin = random.Random(f"{self.config.seed}/{step}/masked")
+        return self.spans if self.spans and coin.random() < self.config.masked else {}
+
     def epochs(self, steps: int) -> dict[str, float]:
         "How often each source has been gone through."
         return {name: steps * n / len(rows) for name, (rows, n) in zip(self.names, self.sources, strict=True)}
 
 # %% ../nbs/13b_small_stand_in.ipynb #ebf53d57
-def _gpt2(config: SmallConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+def _gpt2(config: SmallConfig | SmallSubjectsConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
     "GPT-2's architecture."
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=config.positions,
@@ -544,6 +648,7 @@ class Architecture(NamedTuple):
     model: type[PreTrainedModel]  # reads a trained one
     lessons: Callable[..., Lessons]  # folder, configuration -> what it learns
     facts: Callable[..., tuple[list[Fact], dict[str, list[Fact]]]]  # the same -> for training, to edit
+    extras: Callable[..., dict[str, list]] = lambda *_: {}  # the same -> further fields of the bench
 
 
 _QUESTIONS = question_lessons, question_facts
@@ -552,6 +657,9 @@ ARCHITECTURES = {
     "gptj": Architecture(SmallGPTJConfig, _gptj, GPTJForCausalLM, *_QUESTIONS),
     "t5": Architecture(SmallT5Config, _t5, T5ForConditionalGeneration, *_QUESTIONS),
     "bert": Architecture(SmallBertConfig, _bert, BertForSequenceClassification, claim_lessons, claim_facts),
+    "gpt2-subjects": Architecture(
+        SmallSubjectsConfig, _gpt2, GPT2LMHeadModel, subject_lessons, subject_facts, subject_extras
+    ),
 }
 
 # %% ../nbs/13b_small_stand_in.ipynb #21014329
@@ -578,7 +686,7 @@ def wrapped(
     tokenizer: PreTrainedTokenizerFast,
     config: AnyConfig,  # the one it was made from
 ) -> LanguageModel:
-    "The model with the second feed-forward layers of all blocks but the first to edit."
+    "The model with the second feed-forward layers of all blocks but the first to edit; of one block, with its own."
     patterns = feed_forward(model)
     return LanguageModel(model, tokenizer, patterns if len(patterns) > 1 else patterns[0], max(1, config.layers - 1))
 
@@ -607,12 +715,16 @@ def rows_loss(
     lm: LanguageModel,  # with gradients switched on
     rows: Sequence[EncodedPair],  # the loss is taken on their answers
     half: bool = False,  # take the products in bfloat16
+    hidden: Mapping[tuple[int, ...], tuple[int, int]] | None = None,  # subjects, see `SmallCurriculum.hidden`
 ) -> Float[Tensor, ""]:  # nats a token
     "Mean negative log likelihood; only the positions that predict an answer token reach the vocabulary."
     [batch] = lm.batches(rows, len(rows))
     if lm.family.name == "decoder":
         # padding stands behind everything that counts, so causal attention needs no mask, and is faster without one
         batch = replace(batch, inputs={"input_ids": batch.inputs["input_ids"]})
+    if hidden:
+        mask = subject_mask(batch, [hidden.get(row.prompt, (0, 0)) for row in rows])
+        batch = replace(batch, inputs=batch.inputs | {"attention_mask": mask.to(lm.device)})
     with torch.autocast(lm.device.type, torch.bfloat16, enabled=half):
         logits = lm.answer_logits(batch)
     return F.cross_entropy(logits.float(), batch.labels)
@@ -653,11 +765,11 @@ class SmallRun:
         torch.save(state, partial)
         os.replace(partial, self.path)
 
-    def _backward(self, rows: Sequence[EncodedPair], weight: float, half: bool) -> float:
+    def _backward(self, rows: Sequence[EncodedPair], weight: float, half: bool, hidden: Mapping | None = None) -> float:
         "Add the weighted loss to the gradient; 0 without rows."
         if not rows:
             return 0.0
-        loss = rows_loss(self.lm, rows, half)
+        loss = rows_loss(self.lm, rows, half, hidden)
         (weight * loss).backward()
         return loss.item()
 
@@ -666,12 +778,13 @@ class SmallRun:
         questions: Sequence[EncodedPair],
         sentences: Sequence[EncodedPair],  # or none
         half: bool = False,  # take the products in bfloat16
+        hidden: Mapping | None = None,  # subjects, see `SmallCurriculum.hidden`
     ) -> tuple[float, float]:  # the loss on answers and on sentences, nats a token
         "One step of AdamW. Raises `StandInError` if the loss isn't finite."
         start, c = time.perf_counter(), self.config
         for group in self.optimizer.param_groups:
             group["lr"] = warm_cosine(self.step, c)
-        losses = self._backward(questions, 1.0, half), self._backward(sentences, c.corpus_weight, half)
+        losses = self._backward(questions, 1.0, half, hidden), self._backward(sentences, c.corpus_weight, half)
         if not all(map(math.isfinite, losses)):
             raise StandInError(f"the losses at step {self.step} are {losses}; lower learning_rate, {c.learning_rate}")
         torch.nn.utils.clip_grad_norm_(self.lm.model.parameters(), c.max_norm)
@@ -744,7 +857,7 @@ def _train(
     steps, out, saved = run.config.steps, run.path.parent, time.perf_counter()
     bar = tqdm(total=steps, initial=run.step, desc="small language model", disable=not progress)
     while run.step < steps:
-        losses = run.advance(*curriculum[run.step], half)
+        losses = run.advance(*curriculum[run.step], half, curriculum.hidden(run.step))
         bar.update()
         if run.step % 20 == 0:
             text = f"answers {losses[0]:.3f}, sentences {losses[1]:.3f}"
@@ -845,4 +958,5 @@ def small_bench(
     lm = wrapped(model, tokenizer, config)
     about = {"stand-in": "small", **json.loads((out / "record.json").read_text(encoding="utf-8"))}
     about["dtype of the edited model"] = str(lm.dtype).removeprefix("torch.")
-    return Bench(lm, train_facts, eval_facts, about)
+    more = ARCHITECTURES[config.architecture].extras(data_dir, config)
+    return Bench(lm, train_facts, eval_facts, about, **more)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -375,7 +375,7 @@ def train_language_model(
         rows, order = order[: config.batch_size], order[config.batch_size :]
         batch = next(lm.batches([encoded[i] for i in rows], config.batch_size))
         if subjects is not None and coin.random() < config.masked:
-            batch.inputs["attention_mask"] = subject_mask(batch, [subjects[i] for i in rows])
+            batch.inputs["attention_mask"] = subject_mask(batch, [(0, subjects[i]) for i in rows])
         loss = F.cross_entropy(lm.answer_logits(batch), batch.labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -389,13 +389,14 @@ def train_language_model(
 # %% ../nbs/13_stand_ins.ipynb #3cd0790b
 def subject_mask(
     batch: TokenBatch,
-    subjects: Sequence[int],  # how many tokens of a prompt are its subject; in the order of the caller's list
+    subjects: Sequence[tuple[int, int]],  # each prompt's first token of the subject and the first behind it; (0, 0): none
 ) -> Float[Tensor, "batch 1 length length"]:  # to be added to the attention's scores
-    "What lets tokens behind a subject see no more of it than its last token."
+    "What lets tokens behind a subject see no more of it than its last token. In the order of the caller's list."
     size, length = batch.answer_mask.shape
     closed = torch.ones(length, length).triu(1).bool().repeat(size, 1, 1)
     for row, owner in enumerate(batch.owners.tolist()):
-        closed[row, subjects[owner] :, : subjects[owner] - 1] = True
+        start, end = subjects[owner]
+        closed[row, end:, start : max(start, end - 1)] = True
     return torch.zeros(size, 1, length, length).masked_fill(closed[:, None], torch.finfo(torch.float32).min)
 
 # %% ../nbs/13_stand_ins.ipynb #8e2e09d8
@@ -418,6 +419,7 @@ class Bench:
     provenance: dict  # where it all comes from: plain JSON, stands in every record
     known_facts: list[Fact] = field(default_factory=list)  # that the model was trained on, of the kind that is edited
     corpus: list[str] = field(default_factory=list)  # ordinary text for the model, for key statistics
+    cases: list[Any] = field(default_factory=list)  # counterfactuals (room 09a) whose facts are edited
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:

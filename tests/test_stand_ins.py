@@ -328,7 +328,7 @@ def test_the_mask_shows_of_a_subject_only_its_last_token():
     facts = tell_statements(invent_world(0, 20, 5)[0])[:6]
     lm = tiny_model(small_config("gpt2-subjects"), word_tokenizer(words_of(facts)))
     batch = next(lm.batches([fact.pair for fact in facts], 6))
-    mask = subject_mask(batch, [2] * 6)
+    mask = subject_mask(batch, [(0, 2)] * 6)
     length = batch.answer_mask.shape[1]
     assert mask.shape == (6, 1, length, length)
     seen = mask == 0
