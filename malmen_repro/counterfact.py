@@ -179,12 +179,12 @@ def reference_texts(
 def tiny_counterfactuals(
     bench: Any,  # with `known_facts`, such as `tiny_bench` gives; the facts have subject, relation and rephrases
     seed: int = 0,  # of the halving, of the order and of the new objects
-    count: int = 64,  # a smaller count gives the first of the same cases
+    count: int | None = 64,  # a smaller count gives the first of the same cases; None gives all there are
     most: int = 10,  # neighbours a case
 ) -> list[Counterfactual]:
     "Counterfactuals of facts that a stand-in was trained on. Raises `CounterfactError` for claims or too few facts."
     facts = list(bench.known_facts)
-    if count < 1 or most < 1:
+    if most < 1 or (count is not None and count < 1):
         raise CounterfactError(f"count={count}, most={most}: both must be at least 1")
     if any(fact.answer in LABELS for fact in facts):
         raise CounterfactError("claims have a label and no object: give the bench of a decoder or an encoder-decoder")
@@ -201,7 +201,9 @@ def tiny_counterfactuals(
             cases.append(_tiny_case(fact, answer, neighbours[:most], alike[fact.relation, answer]))
         if len(cases) == count:
             return cases
-    raise CounterfactError(f"{len(facts)} known facts give {len(cases)} cases, not {count}: ask for fewer")
+    if cases and count is None:
+        return cases
+    raise CounterfactError(f"{len(facts)} known facts give {len(cases)} cases, not {count or 1}: ask for fewer")
 
 
 def _tiny_case(

@@ -6,10 +6,11 @@
 __all__ = ['END', 'PADDING', 'FRAMES', 'AnyConfig', 'ARCHITECTURES', 'SmallTierData', 'unambiguous', 'known_questions',
            'some_questions', 'halves', 'small_tier_data', 'corpus_sentences', 'byte_pair_tokenizer', 'SmallConfig',
            'SmallGPTJConfig', 'SmallT5Config', 'SmallBertConfig', 'SmallSubjectsConfig', 'Source', 'Lessons',
-           'question_lessons', 'question_facts', 'claim_lessons', 'claim_facts', 'subject_lessons', 'subject_facts',
-           'subject_extras', 'ShuffledRows', 'by_length', 'encoded_rows', 'sentence_rows', 'subject_spans',
-           'SmallCurriculum', 'Architecture', 'small_config', 'small_model', 'wrapped', 'half_pays', 'warm_cosine',
-           'rows_loss', 'SmallRun', 'what_it_should_know', 'knowledge', 'train_small_language_model', 'small_bench']
+           'question_lessons', 'question_facts', 'question_extras', 'claim_lessons', 'claim_facts', 'subject_lessons',
+           'subject_facts', 'subject_extras', 'ShuffledRows', 'by_length', 'encoded_rows', 'sentence_rows',
+           'subject_spans', 'SmallCurriculum', 'Architecture', 'small_config', 'small_model', 'wrapped', 'half_pays',
+           'warm_cosine', 'rows_loss', 'SmallRun', 'what_it_should_know', 'knowledge', 'train_small_language_model',
+           'small_bench']
 
 # %% ../nbs/13b_small_stand_in.ipynb #4f7c61ff
 import json
@@ -367,6 +368,14 @@ def question_facts(
     data = small_tier_data(data_dir, config.seed, config.known, config.questions)
     return data.train_facts + data.zsre_train, {"zsre": data.zsre_eval, "entity_questions": data.eq_dev}
 
+# %% ../nbs/13b_small_stand_in.ipynb #5869f70f
+def question_extras(
+    data_dir: str | Path,  # the folder with zsre/, entity_questions/ and nq/
+    config: SmallConfig,
+) -> dict[str, list]:  # further fields of the bench
+    "The facts that the model has learned. Raises as `small_tier_data`."
+    return {"known_facts": small_tier_data(data_dir, config.seed, config.known, config.questions).known_facts}
+
 # %% ../nbs/13b_small_stand_in.ipynb #a3a58fef
 def _unseen_twins(
     data_dir: str | Path,  # the folder with pararel/
@@ -651,7 +660,7 @@ class Architecture(NamedTuple):
     extras: Callable[..., dict[str, list]] = lambda *_: {}  # the same -> further fields of the bench
 
 
-_QUESTIONS = question_lessons, question_facts
+_QUESTIONS = question_lessons, question_facts, question_extras
 ARCHITECTURES = {
     "gpt2": Architecture(SmallConfig, _gpt2, GPT2LMHeadModel, *_QUESTIONS),
     "gptj": Architecture(SmallGPTJConfig, _gptj, GPTJForCausalLM, *_QUESTIONS),

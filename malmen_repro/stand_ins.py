@@ -389,7 +389,7 @@ def train_language_model(
 # %% ../nbs/13_stand_ins.ipynb #3cd0790b
 def subject_mask(
     batch: TokenBatch,
-    subjects: Sequence[tuple[int, int]],  # each prompt's first token of the subject and the first behind it; (0, 0): none
+    subjects: Sequence[tuple[int, int]],  # a prompt's first token of the subject and the first behind it; (0, 0): none
 ) -> Float[Tensor, "batch 1 length length"]:  # to be added to the attention's scores
     "What lets tokens behind a subject see no more of it than its last token. In the order of the caller's list."
     size, length = batch.answer_mask.shape

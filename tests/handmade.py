@@ -72,6 +72,16 @@ def failure_record(*blocks, seed=0):
     return record("MALMEN", 64, seed, experiment="failures", extra={"failures": list(blocks)})
 
 
+def case_record(method="MEMIT", m=16, seed=0, *, experiment="counterfact", data_set="counterfact", blocks=(), **means):
+    "A record of CounterFact's measures, of one block or of each that is given."
+    measures = {"ES": 0.5, "PS": 0.5, "NS": 0.5, "GE": 6.0, "RS": 0.3} | means
+    before = {"ES": 0.1, "PS": 0.1, "NS": 0.9, "GE": 6.5, "RS": 0.1}
+    measures |= {f"{name} before": value for name, value in before.items()}
+    found = [{"measures": measures, "cases": m, "written": 4} | block for block in blocks or [{}]]
+    about = {"experiment": experiment, "family": "subjects", "data_set": data_set, "blocks": [m] * len(found)}
+    return record(method, m, seed, extra={"counterfact": found}, **about)
+
+
 def write(records, folder):
     "Write records where a run would write them."
     for one in records:

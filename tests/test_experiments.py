@@ -20,7 +20,6 @@ from malmen_repro.experiments import (
     CONSECUTIVE_METHODS,
     EXPERIMENTS,
     EXTRAS,
-    FAILURES,
     MAIN_METHODS,
     METHODS,
     Bench,
@@ -31,7 +30,7 @@ from malmen_repro.experiments import (
     ExperimentError,
     Plan,
     UnknownExperimentError,
-    alternatives,
+    altered,
     cells_of,
     condensed,
     configuration,
@@ -39,12 +38,9 @@ from malmen_repro.experiments import (
     edited_model,
     editor_of,
     evaluation_blocks,
-    failure_cases,
     find_experiment,
     pooled,
-    residual_means,
     run_cells,
-    sequence_success,
     slug,
     trained_for,
     training_settings,
@@ -53,7 +49,6 @@ from malmen_repro.facts import Fact
 from malmen_repro.figures import draw_scaling, failure_table, residual_points, scaling_table, sequence_points
 from malmen_repro.fine_tuning import FineTuningConfig, fine_tuned
 from malmen_repro.key_statistics import EmptyCorpusError
-from malmen_repro.keys_and_gradients import KeysAndGradients
 from malmen_repro.memit import MEMITConfig
 from malmen_repro.normal_equation import SingularGramError
 from malmen_repro.ready_editors import CRITICAL, PAPERS, READY, TINY, fitted, ready_editor, ready_settings
@@ -70,9 +65,9 @@ from malmen_repro.records import (
 )
 from malmen_repro.released_code import VARIANTS
 from malmen_repro.target_vectors import TargetConfig
-from malmen_repro.training import TrainingConfig, cache_tokens
+from malmen_repro.training import TrainingConfig
 from malmen_repro.weight_shifts import WeightShift
-from tests.toy import toy_claims, toy_classifier, toy_corpus, toy_encoder_decoder, toy_facts, toy_model
+from tests.toy import knowing_bench, toy_classifier, toy_corpus, toy_encoder_decoder, toy_facts, toy_model
 
 TOY_METHODS = ("MALMEN", "MEND", "MALMEN untrained")
 EVALUATION = EvaluationConfig(scored_facts=6, batch_size=4)
@@ -127,7 +122,7 @@ def test_experiments_are_well_formed(name):
             if training is not None:
                 assert training.num_facts == one.train_num_facts and training.seed == 0
                 assert (training.steps > 0) == METHODS[one.method].trained
-            assert (training is None) == (one.method in READY)
+            assert (training is None) == bool(METHODS[one.method].ready)
 
 
 def test_tiny_plan_has_a_quick_and_a_full_size():
@@ -571,8 +566,8 @@ def method_settings(tier, method, num_facts):
     about = METHODS[method]
     if method == "FT":
         return FineTuningConfig(epochs=2, learning_rate=1e-3), None
-    if method in READY:
-        return READY_TOYS[method], None
+    if about.ready:
+        return READY_TOYS[about.ready], None
     editor = EditorConfig(**({"rank": 4, "blocks": 1, "learning_rate": 0.01} | about.changes))
     training = TrainingConfig(num_facts=num_facts, steps=2 if about.trained else 0, **about.training)
     return editor, training
@@ -587,7 +582,9 @@ def test_methods_are_well_formed():
     assert len({slug(name) for name in METHODS}) == len(METHODS) and set(MAIN_METHODS) <= set(METHODS)
     editors, trainings = ({one.name for one in fields(kind)} for kind in (EditorConfig, TrainingConfig))
     for name, method in METHODS.items():
-        assert set(method.changes) <= editors - {"seed"} and set(method.training) <= trainings - {"seed", "num_facts"}
+        known = {one.name for one in fields(READY[method.ready].config)} if method.ready else editors
+        assert set(method.changes) <= known - {"seed"} and set(method.training) <= trainings - {"seed", "num_facts"}
+        assert not (method.ready and method.trained), name
         assert method.layers in ("first", "second", "both") and callable(method.editor), name
     assert set(VARIANTS) < set(METHODS)
     assert [name for name, method in METHODS.items() if method.may_fail] == ["MALMEN, no regularisation"]
@@ -598,7 +595,29 @@ def test_every_method_gives_a_record(method, tmp_path):
     (record,) = run_method(method, tmp_path)
     assert 0 <= record["scores"]["ES"]["mean"] <= 1 and record["blocks"] == [3] and "failure" not in record["extra"]
     assert bool(record["history"]) == METHODS[method].trained and read_record(tmp_path / cell(method).path) == record
-    assert len(list((tmp_path / "editors").glob("*"))) == (method not in READY)
+    assert len(list((tmp_path / "editors").glob("*"))) == (not METHODS[method].ready)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].ready and METHODS[name].changes])
+def test_a_variant_of_a_ready_editor_differs_in_what_it_says(name):
+    about = METHODS[name]
+    plain_one, variant = (configuration(cell(method))["editor"] for method in (about.ready, name))
+    wanted = json.loads(json.dumps(about.changes))
+    for key, value in wanted.items():
+        if isinstance(value, dict):
+            value = plain_one[key] | value
+        assert variant[key] == value != plain_one[key]
+    assert {key: value for key, value in variant.items() if key not in wanted} == {
+        key: value for key, value in plain_one.items() if key not in wanted
+    }
+    assert name.startswith(f"{about.ready}, ")
+
+
+def test_settings_within_settings_are_altered_in_part():
+    config = CoachHooKConfig(memit=MEMIT_TOY)
+    changed = altered(config, {"alpha": 1.0, "memit": {"regularization": 7.0, "target": {"steps": 9}}})
+    assert changed.alpha == 1.0 and changed.memit.regularization == 7.0 and changed.memit.target.steps == 9
+    assert changed.memit.target.learning_rate == TARGET.learning_rate and config.memit == MEMIT_TOY
 
 
 @pytest.mark.parametrize("method", ["MALMEN", "MALMEN, first layer", "MALMEN, all tokens", next(iter(VARIANTS))])
@@ -782,14 +801,6 @@ def test_no_other_breakdown_becomes_a_record(tmp_path, monkeypatch, method, erro
 # --- extras
 
 
-@pytest.fixture
-def shifted():
-    "A model, facts, and a large random shift."
-    lm, facts = toy_model(), toy_facts(8)
-    torch.manual_seed(0)
-    return lm, facts, WeightShift({name: torch.randn(shape) * 3 for name, shape in lm.shapes.items()})
-
-
 def test_extras_of_experiments_exist_and_are_asked_for_block_by_block(tmp_path, monkeypatch):
     assert {name for one in EXPERIMENTS.values() for name in one.extras} == EXTRAS.keys()
     about = Experiment("Toy", "none", "decoder", "None.", extras=("residuals", "failures", "sequence_success"))
@@ -805,168 +816,11 @@ def rows_are_read(record):
     return residual_points([record]) and sequence_points([record]) and failure_table([record])
 
 
-@pytest.mark.parametrize("method", ["MALMEN", "MEND"])
-def test_residual_means(method, tmp_path):
-    lm, facts = toy_model(), toy_facts(6)
-    editor = METHODS[method].editor(lm, EditorConfig(rank=4, blocks=1, learning_rate=0.01, regularization=1e-6))
-    editor.observe(facts, 4, False)
-    found = residual_means(editor, facts, 4)
-    assert set(found) == set(lm.layers)
-    cached = cache_tokens(editor, [fact.pair for fact in facts], 4)
-    for layer, ways in found.items():
-        assert set(ways) == {"sum", "normal equation"} and ways["sum"]["tokens"] == len(cached[layer].keys)
-        assert 0 <= ways["normal equation"]["residual"] < ways["sum"]["residual"]
-    whole = residual_means(editor, facts, 2)
-    for layer in found:
-        for way, part in found[layer].items():
-            assert whole[layer][way] == pytest.approx(part, rel=1e-3, abs=1e-5)
-
-
-def test_residual_means_of_a_perfect_and_of_no_fit():
-    keys, wanted = torch.eye(3, 5), torch.ones(3, 4)
-    tokens = KeysAndGradients(keys, torch.zeros(3, 4))
-    perfect = experiments._fit(wanted.T @ keys, tokens, wanted)
-    assert perfect == pytest.approx({"residual": 0.0, "share": 1.0, "tokens": 3})
-    nothing = experiments._fit(torch.zeros(4, 5), tokens, wanted)
-    assert nothing == pytest.approx({"residual": 1.0, "share": 0.0, "tokens": 3})
-    wanted[0] = 0  # a token that wants nothing has no ratio, and is left out
-    assert experiments._fit(0.5 * wanted.T @ keys, tokens, wanted)["share"] == pytest.approx(0.5)
-
-
-def test_failure_cases_of_no_shift_and_of_a_large_one(shifted):
-    lm, facts, shift = shifted
-    none = WeightShift({name: torch.zeros(shape) for name, shape in lm.shapes.items()})
-    assert failure_cases(lm, facts, none, 3)["counts"]["lost"] == 0  # nothing was lost where nothing changed
-    found = failure_cases(lm, facts, shift, 3)
-    counts = found["counts"]
-    assert counts["facts"] == counts["unrelated"] == 8 and counts["edit or equivalent wrong"] == len(found["edits"])
-    assert counts["edit wrong"] <= counts["edit or equivalent wrong"] <= 8
-    both = counts["equivalent wrong in the same way"] + counts["equivalent right"]
-    assert both <= counts["edit wrong"] and counts["wrong answers of several tokens"] <= counts["edit wrong"]
-    assert {row["prompt"] for row in found["edits"]} <= {fact.prompt for fact in facts}
-    assert set(found["edits"][0]) == {"prompt", "equivalent prompt", "target", "answer", "equivalent answer"}
-    assert failure_cases(lm, facts, shift, 64) == found
-
-
-def answers(monkeypatch, *calls):
-    "Let the language model say what a test wants, call after call."
-    waiting = list(calls)
-    monkeypatch.setattr(experiments, "answer_predictions", lambda lm, pairs, batch_size: waiting.pop(0))
-
-
-def test_failure_cases_count_what_the_appendix_says(monkeypatch, shifted):
-    lm, facts, shift = shifted
-    facts, wanted = facts[:5], [[2, 3], [2, 3], [2], [2], [2]]
-    edits = [[2, 9], [9, 9], [9], [2], [2]]  # wrong by a token, by two, by one; right; right
-    others = [[2, 9], [2, 3], [8], [9], [2]]  # the same way, right, another way; wrong; right
-    before, after, right = [[4]] * 5, [[4], [5], [4], [4], [4]], [[4], [4], [4], [7], [4]]
-    answers(monkeypatch, (before, right), (edits, wanted), (others, wanted), (after, right))
-    found = failure_cases(lm, facts, shift, 4)
-    assert found["counts"] == {
-        "facts": 5, "unrelated": 5, "lost": 1, "edit or equivalent wrong": 4, "edit wrong": 3,
-        "equivalent wrong in the same way": 1, "equivalent right": 1, "wrong answers of several tokens": 2,
-        "share of their tokens that is right": 0.25,
-    }  # fmt: skip
-    assert found["unrelated"] == [
-        {"prompt": facts[1].unrelated_prompt, "target": facts[1].unrelated_answer, "before": "w2", "after": "w3"}
-    ]
-    assert found["edits"][0]["answer"] == "w0 w7" and found["edits"][0]["prompt"] == facts[0].prompt
-
-
-def test_failure_cases_keep_a_few(monkeypatch, shifted):
-    lm, _, shift = shifted
-    facts = toy_facts(20)
-    asked = ([[2]] * 20, [[3]] * 20)
-    answers(monkeypatch, ([[3]] * 20, [[3]] * 20), asked, asked, ([[2]] * 20, [[3]] * 20))
-    found = failure_cases(lm, facts, shift, 4)
-    assert len(found["edits"]) == len(found["unrelated"]) == FAILURES and found["counts"]["lost"] == 20
-    assert found["counts"]["share of their tokens that is right"] is None  # single tokens all
-
-
-def test_failure_cases_leave_facts_without_tuples_out(shifted):
-    lm, facts, shift = shifted
-    bare = [replace(facts[0], equivalent_prompts=()), replace(facts[1], unrelated_prompt=None, unrelated_answer=None)]
-    counts = failure_cases(lm, [*bare, facts[2]], shift, 4)["counts"]
-    assert (counts["facts"], counts["unrelated"]) == (2, 2)
-
-
-def test_answers_as_text():
-    assert toy_model().family.text_of([2, 4]) == "w0 w2"
-    assert toy_classifier().family.text_of([1]) == "REFUTES"
-
-
-def test_failure_cases_of_claims():
-    lm = toy_classifier()
-    shift = WeightShift({name: torch.randn(shape) for name, shape in lm.shapes.items()})
-    found = failure_cases(lm, toy_claims(8), shift, 4)
-    assert all({row["answer"], row["target"]} <= {"SUPPORTS", "REFUTES"} for row in found["edits"])
-    assert found["counts"]["wrong answers of several tokens"] == 0
-
-
-def test_sequence_success_counts_whole_sequences(monkeypatch, shifted):
-    lm, facts, shift = shifted
-    block = facts[:2]  # two tuples, each with two phrasings
-    edits = ([[2, 3], [2, 4], [2, 3], [5], [5], [6]], [[2, 3]] * 3 + [[5]] * 3)
-    answers(monkeypatch, ([[4], [4, 4]], [[4], [4, 4]]), edits, ([[4], [4, 5]], [[4], [4, 4]]))
-    found = sequence_success(lm, block, shift, 4)
-    assert found == pytest.approx({"edit success": 4 / 6, "drawdown": 0.5, "accuracy before": 1.0})
-
-
-def test_sequence_success_without_a_change(shifted):
-    lm, facts, shift = shifted
-    none = WeightShift({name: torch.zeros(shape) for name, shape in lm.shapes.items()})
-    assert sequence_success(lm, facts, none, 4)["drawdown"] == 0
-    assert sequence_success(lm, facts, shift, 4) == sequence_success(lm, facts, shift, 64)
-
-
 # --- the bench in another setting
 
-KNOWS = "known_facts" in {one.name for one in fields(Bench)}
-needs_known_facts = pytest.mark.skipif(not KNOWS, reason="Bench has no field known_facts yet")
-
-
-def knowing(count=50, relations=2):
-    known = [Fact(f"p{i}", f"w{i % 7 + 10 * (i % relations)}", (f"p{i} w1",), relation=f"r{i % relations}")
-             for i in range(count)]  # fmt: skip
-    return Bench(toy_model(), [], {"toys": [], "more": []}, {"made": "here"}, known_facts=known)
-
-
-@needs_known_facts
-def test_alternatives_edit_known_facts():
-    bench = knowing()
-    changed = BENCH_SETTINGS["alternatives"](bench, 0)
-    known = {fact.prompt: fact for fact in bench.known_facts}
-    train, new = changed.train_facts, changed.eval_facts["toys"]
-    assert len(train) == len(new) == 20 and changed.eval_facts["more"] == new and changed.lm is bench.lm
-    for fact in train + new:
-        was = known[fact.prompt]
-        pool = {one.answer for one in known.values() if one.relation == was.relation}
-        assert fact.alternative == was.answer != fact.answer in pool
-        assert fact.unrelated_answer == known[fact.unrelated_prompt].answer
-    groups = [{fact.prompt for fact in part} for part in (train, new)]
-    groups += [{fact.unrelated_prompt for fact in part} for part in (train, new)]
-    assert len(set.union(*groups)) == sum(map(len, groups)) == len(known)  # no fact serves twice
-    assert changed.provenance == {"made": "here", "setting": "alternative answers to known facts"}
-    assert bench.eval_facts["toys"] == [] and bench.provenance == {"made": "here"}  # the bench stays as it is
-
-
-@needs_known_facts
-def test_alternatives_are_drawn_by_the_seed():
-    bench = knowing()
-    assert fingerprints(alternatives(bench, 1)) == fingerprints(alternatives(bench, 1))
-    assert fingerprints(alternatives(bench, 1)) != fingerprints(alternatives(bench, 2))
-
-
-@needs_known_facts
-def test_alternatives_need_known_facts():
-    with pytest.raises(ExperimentError, match="names no facts that its language model knows"):
-        alternatives(replace(knowing(), known_facts=[]), 0)
-
-
-@needs_known_facts
 def test_a_setting_is_of_its_experiment_only_and_shares_no_bench(tmp_path, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "toy", Experiment("Toy", "none", "decoder", "None.", setting="alternatives"))
-    bench = replace(toy_bench(), known_facts=knowing().known_facts)
+    bench = replace(toy_bench(), known_facts=knowing_bench().known_facts)
     plain_cell = replace(cell("MALMEN untrained"), experiment="other")
     with_setting, without = run([cell("MALMEN untrained"), plain_cell], tmp_path, lambda *place: bench)
     assert with_setting["bench"]["setting"].startswith("alternative") and "setting" not in without["bench"]

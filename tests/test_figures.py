@@ -18,9 +18,12 @@ from malmen_repro.figures import (
     PALETTE,
     PAPER_MEASURES,
     SHOWN_AS,
+    case_points,
+    case_table,
     committed_figure,
     compare_tables,
     draw,
+    draw_cases,
     draw_residuals,
     draw_scaling,
     failure_table,
@@ -47,6 +50,7 @@ from malmen_repro.memory import draw_memory
 from malmen_repro.records import RecordError, committed_records, read_records
 from tests.handmade import (
     broken,
+    case_record,
     failure_block,
     failure_record,
     part,
@@ -482,6 +486,8 @@ MADE = {
     "residuals": lambda name: fig8(seeds=(0,)),
     "sequences": lambda name: [sequence_record("MEND", 5, success=(0.5,), drawdown=(0.0,))],
     "failures": lambda name: [failure_record(failure_block())],
+    "cases": lambda name: [case_record(m=m, experiment=name) for m in (16, 64)],
+    "cases table": lambda name: [case_record(experiment=name)],
 }
 
 
@@ -584,3 +590,41 @@ def test_every_committed_picture_belongs_to_committed_records():
     known = {f"{tier}-{name}" for name, tier in with_records()}
     pictures = {path.stem for path in (ROOT / "figures").glob("*.*g") if path.stem.split("-")[0] in TIERS}
     assert known and pictures <= known, f"no records for {pictures - known}"
+
+
+# --- CounterFact's measures
+
+
+def test_case_points_are_means_over_seeds_and_the_harmonic_mean_of_each():
+    found = case_points([case_record(seed=0, ES=0.4), case_record(seed=1, ES=0.8), case_record(m=64)])
+    assert [(p["num_facts"], p["seeds"]) for p in found] == [(16, 2), (64, 1)]
+    assert found[0]["ES"] == pytest.approx((0.6, 0.6 - 0.08**0.5, 0.6 + 0.08**0.5))
+    each = [3 / (1 / es + 2 + 2) for es in (0.4, 0.8)]
+    assert found[0]["S"][0] == pytest.approx(sum(each) / 2)
+    assert found[1]["S"] == pytest.approx((0.5, 0.5, 0.5)) and found[1]["NS before"][0] == 0.9
+
+
+def test_case_table_begins_with_the_unedited_model():
+    table = case_table([case_record("MALMEN", ES=1.0), case_record("MEMIT", m=64, GE=5.25)])
+    rows = rows_of(table)
+    assert rows[0][:5] == ["counterfact", "–", "no edit", "14.2", "10.0"]  # S: 3 / (1 / .1 + 1 / .1 + 1 / .9)
+    assert [row[1:3] for row in rows[1:]] == [["16", "MALMEN"], ["64", "MEMIT"]]
+    assert rows[1][4] == "100.0" and rows[2][7] == "5.25" and "over seeds" not in table
+    several = case_table([case_record(seed=seed, ES=0.4 + 0.2 * seed) for seed in (0, 1)])
+    assert rows_of(several)[1][4] == "50.0 ± 14.1" and "over seeds" in several
+
+
+def test_a_model_that_writes_nothing_has_no_entropy():
+    bare = case_record()
+    for block in bare["extra"]["counterfact"]:
+        block["measures"] = {k: v for k, v in block["measures"].items() if not k.startswith(("GE", "RS"))}
+    assert rows_of(case_table([bare]))[1][7:9] == ["–", "–"]
+
+
+def test_case_panels_show_the_level_before_the_edit(tmp_path):
+    figure = draw_cases([case_record(m=m, NS=0.7) for m in (16, 64)], tmp_path / "cases")
+    titles = {ax.get_title(): ax for ax in figure.axes}
+    assert list(titles) == ["S", "ES", "PS", "NS", "GE"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in titles["NS"].lines}
+    assert lines == {"MEMIT": [0.7, 0.7], "before editing": [0.9, 0.9]}
+    assert len(titles["ES"].lines) == 1 and titles["GE"].get_ylim()[1] > 2

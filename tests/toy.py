@@ -19,6 +19,7 @@ from transformers import (
 
 from malmen_repro.facts import Fact
 from malmen_repro.language_models import LanguageModel, feed_forward
+from malmen_repro.stand_ins import Bench
 
 WORDS = [f"w{i}" for i in range(60)]
 LABELS = ["SUPPORTS", "REFUTES"]
@@ -132,3 +133,10 @@ EVERY_FAMILY = {  # a model of each, and facts for it
     "T5": (toy_encoder_decoder, toy_facts),
     "BART": (lambda dtype: toy_encoder_decoder(dtype, kind="bart"), toy_facts),
 }
+
+
+def knowing_bench(count=50, relations=2):
+    "A bench whose model is said to know some facts; of each relation there are seven answers."
+    places = [(f"p{i}", i % relations, i % 7) for i in range(count)]
+    known = [Fact(p, f"w{k + 10 * r}", (f"{p} w1",), subject=p, relation=f"r{r}") for p, r, k in places]
+    return Bench(toy_model(), [], {"toys": [], "more": []}, {"made": "here"}, known_facts=known)
