@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAMBDAS', 'METHODS', 'MAIN_METHODS', 'TABLE_METHODS', 'HOOK_METHODS', 'CASE_METHODS', 'MEMIT_METHODS',
-           'CONSECUTIVE_METHODS', 'ALL_METHODS', 'SMALL_KNOWN', 'SMALL_QUESTIONS', 'SMALL_CLAIMS', 'SMALL_CASES',
+           'SMALL_METHODS', 'CONSECUTIVE_METHODS', 'ALL_METHODS', 'SMALL_KNOWN', 'SMALL_QUESTIONS', 'SMALL_CLAIMS',
            'MIXED', 'SMALL_ABLATION', 'EXPERIMENTS', 'SETTINGS', 'SCHEMA', 'SettingsOf', 'OBSERVED', 'ExperimentError',
            'UnknownExperimentError', 'CellError', 'Method', 'Cell', 'slug', 'Plan', 'Experiment', 'find_experiment',
            'cells_of', 'trained_for', 'at', 'training_settings', 'EvaluationConfig', 'altered', 'configuration',
@@ -119,6 +119,7 @@ TABLE_METHODS = (
 HOOK_METHODS = ("MEMIT", *(name for name in METHODS if name.startswith("CoachHooK")))
 CASE_METHODS = (*MAIN_METHODS, "FT-W", "MEMIT", "ROME", "CoachHooK")  # of CounterFact's measures
 MEMIT_METHODS = ("MEMIT", *(name for name in METHODS if name.startswith("MEMIT, ")))
+SMALL_METHODS = (*MAIN_METHODS, "FT-W", "FT-M", "LoRA", "MEMIT", "CoachHooK")  # ROME takes a search for each fact
 CONSECUTIVE_METHODS = ("MALMEN", "MALMEN, accumulated", "MEND", "MALMEN untrained", "MEMIT", "CoachHooK")
 ALL_METHODS = ("MALMEN", "MEND", "FT", "MALMEN untrained", *(name for name in READY if name != "FT"))
 
@@ -221,7 +222,6 @@ SMALL_QUESTIONS = Plan(
     {"zsre": (16, 64, 256, 1037), "entity_questions": (16, 64, 256, 1024, 4096)}, seeds=1, trained_at=(512,)
 )
 SMALL_CLAIMS = Plan({"pararel": (16, 64, 256, 1024)}, seeds=1, trained_at=(256,))
-SMALL_CASES = {"counterfact": (16, 64, 256, 804)}
 MIXED = ("first relation", "second relation", "both relations")
 SMALL_ABLATION = Plan({"zsre": (256,), "entity_questions": (256,)}, seeds=1, trained_at=(512,))
 
@@ -270,7 +270,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Every editor on the stand-in that recalls facts at their subject, against the number of facts edited at once.",
         {
             "tiny": Plan({"world": (16,)}, 1, ALL_METHODS, full_num_facts={"world": (16, 30, 64, 256)}),
-            "small": Plan(SMALL_CASES, 1, ALL_METHODS, trained_at=(256,), full_seeds=1),
         },
     ),
     "consecutive": Experiment(
@@ -281,7 +280,6 @@ EXPERIMENTS: dict[str, Experiment] = {
                 {"world": (64,)}, 1, CONSECUTIVE_METHODS,
                 trained_at=(16,), full_num_facts={"world": (16, 64, 256)},
             ),
-            "small": Plan({"counterfact": (64, 256, 800)}, 1, CONSECUTIVE_METHODS, trained_at=(256,), full_seeds=1),
         },
         batch=16,
     ),
@@ -290,17 +288,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         "New objects against true ones that the model knows: MEMIT's own measures, against the number of facts.",
         {
             "tiny": Plan({"counterfact": (32,)}, 1, CASE_METHODS, (32, 100), {"counterfact": (10, 32, 100, 316)}),
-            "small": Plan({"counterfact": (10, 32, 100, 316, 804)}, 1, CASE_METHODS, (256,), full_seeds=1),
+            "small": Plan({"counterfact": (64, 256, 804)}, 1, SMALL_METHODS, (256,), full_seeds=1),
         },
         extras=("counterfact",), setting="counterfacts", shown_as="cases",
     ),
     "memit_ablations": Experiment(
         "MEMIT's lambda and layers", "MEMIT, App. F", "subjects",
         "MEMIT with another lambda, or with other blocks than the tier's own.",
-        {
-            "tiny": Plan({"counterfact": (100,)}, 1, MEMIT_METHODS),
-            "small": Plan({"counterfact": (316,)}, 1, MEMIT_METHODS, full_seeds=1),
-        },
+        {"tiny": Plan({"counterfact": (100,)}, 1, MEMIT_METHODS)},
         extras=("counterfact",), setting="counterfacts", shown_as="cases table",
     ),
     "mixed_relations": Experiment(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .coachhook import HookedShift, row_scores
@@ -132,7 +133,7 @@ def sequence_success(
         return {"edit success": right(edits), "drawdown": before - right(unrelated), "accuracy before": before}
 
 # %% ../nbs/14c_extra_measures.ipynb #ee905cf1
-WRITTEN = 16  # cases of a block whose texts are written
+WRITTEN = 80  # texts of a block, at most: those of its first cases
 
 
 def cases_of(
@@ -153,7 +154,8 @@ def counterfact_means(
     "ES, PS, NS, S, their magnitudes, GE and RS, of the edited model and of the one before (\" before\")."
     lm, cases = bench.lm, cases_of(bench, block)
     means = counterfact_scores(lm, cases, edit, batch_size).summary()
-    written = cases[:WRITTEN] if lm.family.name == "decoder" else []
+    room = np.cumsum([len(case.generation_prompts) for case in cases]) <= WRITTEN
+    written = cases[: room.sum()] if lm.family.name == "decoder" else []
     if written:
         options = {"batch_size": batch_size, "use_cache": not isinstance(edit, HookedShift)}
         texts = [generations(lm, written, which, **options) for which in (edit, None)]

@@ -202,7 +202,7 @@ def test_an_encoder_decoder_writes_no_texts():
 
 def test_texts_are_written_of_the_first_cases(shifted, monkeypatch):
     lm, _, shift = shifted
-    monkeypatch.setattr(extra_measures, "WRITTEN", 2)
+    monkeypatch.setattr(extra_measures, "WRITTEN", 2)  # a case has one prompt
     cases = toy_cases()
     found = counterfact_means(case_bench(lm, cases), [case.fact for case in cases], shift, 4)
     assert found["written"] == 2 < WRITTEN
