@@ -20,6 +20,7 @@ from malmen_repro.small_stand_in import (
     SmallCurriculum,
     SmallGPTJConfig,
     SmallRun,
+    SmallSubjectsConfig,
     SmallT5Config,
     StandInError,
     by_length,
@@ -32,11 +33,16 @@ from malmen_repro.small_stand_in import (
     knowledge,
     known_questions,
     question_lessons,
+    rows_loss,
     sentence_rows,
     small_bench,
     small_config,
     small_model,
     small_tier_data,
+    subject_extras,
+    subject_facts,
+    subject_lessons,
+    subject_spans,
     train_small_language_model,
     unambiguous,
     warm_cosine,
@@ -44,6 +50,7 @@ from malmen_repro.small_stand_in import (
     wrapped,
 )
 from malmen_repro.stand_ins import digest
+from malmen_repro.target_vectors import SubjectError
 
 SIZES = dict(layers=1, width=32, heads=2, vocabulary=400, steps=12, learning_rate=2e-3, warmup=4)
 ROWS = dict(known=12, nq_rows=8, known_rows=8, corpus_rows=4)
@@ -53,6 +60,7 @@ CONFIGS = {
     "gptj": SmallGPTJConfig(**SIZES, **ROWS, rotary=8),
     "t5": SmallT5Config(**SIZES, **ROWS, inner=64),
     "bert": SmallBertConfig(**SIZES, inner=64, evaluation=8, train=12, pararel_rows=8, fever_rows=8),
+    "gpt2-subjects": SmallSubjectsConfig(**SIZES, known_rows=12, corpus_rows=4),
 }
 EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -61,6 +69,22 @@ def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(path, "wt", encoding="utf-8") as file:
         file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+def counterfact_rows(people, towns):
+    "CounterFact in both forms: twelve cases with two neighbours each, twelve rows to learn from."
+    full, compact = [], []
+    for i, who in enumerate(people[:12]):
+        true, new = towns[i % 4], towns[(i + 1) % 4]
+        rewrite = {"prompt": "{} was born in", "relation_id": "P19", "subject": who,
+                   "target_new": {"str": new}, "target_true": {"str": true}}
+        full.append({"case_id": i, "requested_rewrite": rewrite, "paraphrase_prompts": [f"It rained. {who} is from"],
+                     "neighborhood_prompts": [f"{people[24 + (i + k) % 12]} {i} was born in" for k in (0, 1)],
+                     "generation_prompts": [f"{who} lives in"]})
+        compact.append({"case_id": 50 + i, "prompt": f"{people[12 + i]} is from", "subject": people[12 + i],
+                        "target_new": new, "ground_truth": true, "rephrase_prompt": f"The home of {people[12 + i]} is",
+                        "locality_prompt": f"{people[24 + i]} {i} is from", "locality_ground_truth": true})
+    return {"counterfact/full_form_804": full, "counterfact/train": compact}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +108,7 @@ def folder(tmp_path_factory):
     files["pararel/facts"] = [{"relation": "P19", "subject": b["subject"], "object": b["answers"][0]} for b in born]
     for name, shift in (("train", 0), ("dev", 40)):
         files[f"fever/{name}"] = [{"claim": f"Claim {i + shift} is so.", "label": LABELS[i % 2]} for i in range(20)]
+    files |= counterfact_rows(people, towns)
     for name, rows in files.items():
         write(out / f"{name}.jsonl.xz", rows)
     for name in ("trex_sentences", "bing_distant_sentences"):
@@ -262,6 +287,8 @@ def test_stopped_and_continued_is_the_same_as_straight(folder, tmp_path, monkeyp
     assert record["parameters"] == straight.num_parameters()
     if config.architecture == "bert":
         assert record["epochs"] == {"pararel": 4.8, "fever": 2.4} and record["sizes"]["known"] == 60
+    elif config.architecture == "gpt2-subjects":
+        assert record["sizes"]["cases"] == record["sizes"]["train"] == 12
     else:
         assert record["epochs"]["nq_train"] == 3 and record["sizes"]["known_facts"] == 12
     pairs = [("Where was Ada Ash born?", LABELS[0])]
@@ -300,7 +327,7 @@ def test_the_first_stand_in_is_the_one_that_records_stand_on():
 
 
 def test_an_architecture_that_is_not_there():
-    with pytest.raises(StandInError, match="gpt2, gptj, t5, bert"):
+    with pytest.raises(StandInError, match="gpt2, gptj, t5, bert, gpt2-subjects"):
         small_config("gpt3")
     with pytest.raises(StandInError, match="gpt3"):
         small_bench("nowhere", architecture="gpt3")
@@ -310,7 +337,7 @@ def test_an_architecture_that_is_not_there():
 def test_model_of_each_architecture(tokenizer, config):
     config = replace(config, layers=3)
     lm, again = fresh(tokenizer, config), fresh(tokenizer, config)
-    assert lm.model.config.model_type == config.architecture
+    assert lm.model.config.model_type == config.architecture.removesuffix("-subjects")
     assert all(map(torch.equal, lm.model.parameters(), again.model.parameters()))
     stacks = 2 if config.architecture == "t5" else 1
     assert len(lm.layers) == 2 * stacks and len(set(lm.shapes.values())) == 1
@@ -406,3 +433,74 @@ def test_learning(tokenizer, tmp_path):
     losses = [run.advance(rows, rows)[0] for _ in range(80)]
     assert losses[-1] < 0.1 < losses[0] and before < 1 == knowledge(lm, {"both": pairs})["both"]
     assert run.tokens == 160 * sum(len(r.prompt) + len(r.answer) for r in rows)
+
+
+# ---- the stand-in that recalls at the subject
+SUBJECTS = CONFIGS["gpt2-subjects"]
+
+
+@pytest.fixture(scope="module")
+def taught(folder):
+    lessons = subject_lessons(folder, SUBJECTS)
+    tokenizer = byte_pair_tokenizer(lessons.texts, 400)
+    lm = fresh(tokenizer, SUBJECTS)
+    return lessons, lm, SmallCurriculum(lessons, lm, SUBJECTS)
+
+
+def test_the_truth_is_learned_and_the_new_objects_are_edited(folder, taught):
+    lessons, _, _ = taught
+    train, edits = subject_facts(folder, SUBJECTS)
+    extras = subject_extras(folder, SUBJECTS)
+    said = {pair for wordings in lessons.sources["known"].facts for pair in wordings}
+    assert edits["counterfact"] == [case.fact for case in extras["cases"]]
+    for fact in train + edits["counterfact"]:
+        assert (fact.prompt, fact.alternative) in said and fact.pair not in said and fact.unrelated_pair in said
+    assert {f"{prompt} {answer}" for prompt, answer in said} <= set(extras["corpus"])
+
+
+def test_spans_are_the_subjects_tokens(taught):
+    lessons, lm, curriculum = taught
+    assert len(curriculum.spans) == len(lessons.subjects)
+    for prompt, subject in lessons.subjects.items():
+        ids = lm.tokenizer(prompt)["input_ids"]
+        start, end = curriculum.spans[tuple(ids)]
+        before, named = (lm.tokenizer.decode(part) for part in (ids[:start], ids[start:end]))
+        assert named.strip() == subject and subject not in before
+    assert subject_spans(lm, {"Ada Ash was born in": None}) == {} == subject_spans(lm, {})
+    with pytest.raises(SubjectError, match="not in the prompt"):
+        subject_spans(lm, {"Ada Ash was born in": "Bo Elm"})
+
+
+def test_a_hidden_subject_is_seen_by_its_last_token_only(taught):
+    _, lm, curriculum = taught
+    rows = [row for row in curriculum[0][0] if curriculum.spans[row.prompt][1] - curriculum.spans[row.prompt][0] > 1]
+    row = rows[0]
+    start, end = curriculum.spans[row.prompt]
+    other = EncodedPair((*row.prompt[:start], row.prompt[start] + 1, *row.prompt[start + 1 :]), row.answer)
+    spans = {one.prompt: (start, end) for one in (row, other)}
+    with torch.no_grad():
+        plain = [rows_loss(lm, [one]) for one in (row, other)]
+        hidden = [rows_loss(lm, [one], hidden=spans) for one in (row, other)]
+        none = rows_loss(lm, [row], hidden={(1, 2): (0, 1)})
+    assert not torch.isclose(plain[0], hidden[0], rtol=1e-6) and torch.isclose(plain[0], none, rtol=1e-5)
+    # One block: what stands before the subject's last token reaches the answer only past the mask, so not at all.
+    assert torch.isclose(*hidden, rtol=1e-6) and not torch.isclose(*plain, rtol=1e-6)
+
+
+def test_subjects_are_hidden_in_a_share_of_the_steps(taught):
+    _, _, curriculum = taught
+    hidden = [bool(curriculum.hidden(step)) for step in range(400)]
+    assert abs(sum(hidden) / 400 - SUBJECTS.masked) < 0.08
+    assert hidden == [bool(curriculum.hidden(step)) for step in range(400)]
+
+
+def test_other_stand_ins_hide_nothing(folder):
+    lessons = question_lessons(folder, CONFIG)
+    lm = fresh(byte_pair_tokenizer(lessons.texts, 400))
+    assert SmallCurriculum(lessons, lm, CONFIG).hidden(0) == {} and not lessons.subjects
+
+
+def test_the_bench_of_subjects_has_cases_and_a_corpus(folder, tmp_path):
+    bench = small_bench(folder, tmp_path, progress=False, config=SUBJECTS)
+    assert [case.fact for case in bench.cases] == bench.eval_facts["counterfact"] and bench.corpus
+    assert small_bench(folder, tmp_path, progress=False, config=CONFIG).known_facts
