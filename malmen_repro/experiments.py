@@ -217,7 +217,7 @@ def _mend(family: str, figure: str, full: tuple[int, ...], small: dict | None = 
     return Experiment("MEND in the setting of its own paper", figure, family, about, plans, **extras)
 
 
-SMALL_KNOWN = {"entity_questions": (5, 25, 75)}
+SMALL_KNOWN = {"entity_questions": (5, 25)}
 SMALL_QUESTIONS = Plan(
     {"zsre": (16, 64, 256, 1037), "entity_questions": (16, 64, 256, 1024, 4096)}, seeds=1, trained_at=(512,)
 )
