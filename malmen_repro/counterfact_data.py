@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from malmen_repro.counterfact import (
-    Counterfactual,
     CounterfactError,
+    Counterfactual,
     load_counterfactuals,
     reference_texts,
     without_conflicts,
