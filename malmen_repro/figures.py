@@ -465,7 +465,9 @@ def draw_cases(
     "MEMIT's Fig. 5: each of CounterFact's measures against the number of facts, a row of panels for each set."
     points, names = case_points(records), ("S", "ES", "PS", "NS", "GE")
     sets = list(dict.fromkeys(point["data_set"] for point in points))
-    with panels(len(sets), len(names), records, path, "mean and standard deviation over seeds") as (figure, grid):
+    several = any(point["seeds"] > 1 for point in points)
+    note = "mean and standard deviation over seeds" if several else "means over cases"
+    with panels(len(sets), len(names), records, path, note) as (figure, grid):
         for row, data_set in zip(grid, sets, strict=True):
             for ax, name in zip(row, names, strict=True):
                 _panel(ax, [point for point in points if point["data_set"] == data_set], name)
