@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAMBDAS', 'METHODS', 'MAIN_METHODS', 'TABLE_METHODS', 'HOOK_METHODS', 'CASE_METHODS', 'MEMIT_METHODS',
-           'SMALL_METHODS', 'CONSECUTIVE_METHODS', 'ALL_METHODS', 'SMALL_KNOWN', 'SMALL_QUESTIONS', 'SMALL_CLAIMS',
-           'MIXED', 'SMALL_ABLATION', 'EXPERIMENTS', 'SETTINGS', 'SCHEMA', 'SettingsOf', 'OBSERVED', 'ExperimentError',
+           'FEW_MEMIT_METHODS', 'FEW_HOOK_METHODS', 'FEW_TABLE_METHODS', 'IDEAS', 'SMALL_METHODS',
+           'CONSECUTIVE_METHODS', 'ALL_METHODS', 'SMALL_KNOWN', 'SMALL_QUESTIONS', 'SMALL_CLAIMS', 'MIXED',
+           'SMALL_ABLATION', 'EXPERIMENTS', 'SETTINGS', 'SCHEMA', 'SettingsOf', 'OBSERVED', 'ExperimentError',
            'UnknownExperimentError', 'CellError', 'Method', 'Cell', 'slug', 'Plan', 'Experiment', 'find_experiment',
            'cells_of', 'trained_for', 'at', 'training_settings', 'EvaluationConfig', 'altered', 'configuration',
            'condensed', 'edited_model', 'trained_editor', 'editor_of', 'evaluation_blocks', 'pooled', 'run_cell',
@@ -78,7 +79,7 @@ class Method:
     editor: type = MALMEN  # the class
     changes: dict[str, Any] = field(default_factory=dict)  # fields of its configuration
     training: dict[str, Any] = field(default_factory=dict)  # fields of TrainingConfig
-    layers: str = "second"  # of each feed-forward network: what `feed_forward` takes
+    layers: str = "second"  # of each feed-forward network: what `feed_forward` takes, ", decoder" for that stack alone
     trained: bool = True  # by Algorithm 2
     ready: str = ""  # the key of `READY` whose editor it is; its `changes` may reach into settings within settings
     may_fail: bool = False  # a breakdown is a result, and goes into the record
@@ -109,6 +110,10 @@ METHODS: dict[str, Method] = {  # the order in tables and legends
     "MALMEN, no regularisation": Method(changes={"regularization": 0.0}, may_fail=True),
     "MALMEN, first layer": Method(layers="first"),
     "MALMEN, all tokens": Method(changes={"tokens": "all"}),
+    "MALMEN, idea: small blocks only": Method(training={"ramp_steps": 200}),
+    "MALMEN, idea: small blocks, twice the steps": Method(training={"steps": 400, "ramp_steps": 400}),
+    "MALMEN, idea: decoder alone": Method(layers="second, decoder"),
+    "MALMEN, idea: lambda from 10": Method(changes={"regularization": 10.0}),
     "MEND, locality 10": Method(MEND, training={"locality_coefficient": 10.0}),
     **{name: Method(*variant) for name, variant in VARIANTS.items()},
 }
@@ -119,6 +124,11 @@ TABLE_METHODS = (
 HOOK_METHODS = ("MEMIT", *(name for name in METHODS if name.startswith("CoachHooK")))
 CASE_METHODS = (*MAIN_METHODS, "FT-W", "MEMIT", "ROME", "CoachHooK")  # of CounterFact's measures
 MEMIT_METHODS = ("MEMIT", *(name for name in METHODS if name.startswith("MEMIT, ")))
+# Of a quick run, a few of each.
+FEW_MEMIT_METHODS = ("MEMIT", "MEMIT, first two blocks", "MEMIT, lambda 10", "MEMIT, lambda 10,000")
+FEW_HOOK_METHODS = ("MEMIT", "CoachHooK", "CoachHooK, no hooks", "CoachHooK, no memory", "CoachHooK, lambda 10,000")
+FEW_TABLE_METHODS = ("FT-M", "MEMIT", "CoachHooK", "MALMEN", "MALMEN, accumulated")
+IDEAS = ("MALMEN", *(name for name in METHODS if name.startswith("MALMEN, idea: ")))
 SMALL_METHODS = (*MAIN_METHODS, "FT-W", "FT-M", "LoRA", "MEMIT", "CoachHooK")  # ROME takes a search for each fact
 CONSECUTIVE_METHODS = ("MALMEN", "MALMEN, accumulated", "MEND", "MALMEN untrained", "MEMIT", "CoachHooK")
 ALL_METHODS = ("MALMEN", "MEND", "FT", "MALMEN untrained", *(name for name in READY if name != "FT"))
@@ -161,6 +171,7 @@ class Plan:
     trained_at: tuple[int, ...] = ()  # every m that editors are trained for; empty for the m that is edited
     full_num_facts: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a full run; empty for the same
     full_seeds: int = 3  # of a full run
+    full_methods: tuple[str, ...] = ()  # of a full run; empty for the same
 
 
 @dataclass(frozen=True)
@@ -180,7 +191,7 @@ class Experiment:
 # %% ../nbs/15_experiments.ipynb #6facda22
 def _scaling(title: str, figure: str, family: str, paper: dict, small: Plan | None = None) -> Experiment:
     "One of Figs. 4 to 7."
-    few, many = (16, 64), (16, 64, 256, 1024)
+    few, many = (16, 64), (16, 64, 256, 1024) if family == "decoder" else (16, 64, 256)
     data_set = "claims" if family == "classifier" else "world"
     methods = (*MAIN_METHODS, "MEMIT") if family in ("decoder", "gptj") else MAIN_METHODS  # MEMIT edits decoders
     plans = {"tiny": Plan({data_set: few}, 1, methods, full_num_facts={data_set: many})}
@@ -198,7 +209,8 @@ def _ablations(title: str, figure: str, family: str, small: Plan | None = None) 
     methods = ("MALMEN", "MEND", "MALMEN, no regularisation", "MALMEN, first layer", "MALMEN, all tokens")
     if family == "encoder-decoder":
         methods = methods[:-1]  # the encoder's tokens are all cached as it is, the decoder's all output the answer
-    plans = {"tiny": Plan({data_set: (64,)}, 1, methods, full_num_facts={data_set: (256,)})}
+    many = (256,) if family == "decoder" else (64,)
+    plans = {"tiny": Plan({data_set: (64,)}, 1, methods, full_num_facts={data_set: many})}
     if small is not None:
         plans["small"] = replace(small, methods=methods)
     plans["paper"] = Plan({"fever" if family == "classifier" else "zsre": (512,)}, 3, methods)
@@ -208,8 +220,8 @@ def _ablations(title: str, figure: str, family: str, small: Plan | None = None) 
 
 def _mend(family: str, figure: str, full: tuple[int, ...], small: dict | None = None) -> Experiment:
     "Table 3, for one family."
-    methods = ("MEND", "MEND, locality 10")
-    plans = {"tiny": Plan({"world": (5,)}, 1, methods, full_num_facts={"world": full})}
+    methods, data_set = ("MEND", "MEND, locality 10"), "claims" if family == "classifier" else "world"
+    plans = {"tiny": Plan({data_set: (5,)}, 1, methods, full_num_facts={data_set: full})}
     if small is not None:
         plans["small"] = Plan(small, 1, methods, full_seeds=1)
     about = "Alternative answers to known facts, other known facts as unrelated tuples, success over whole sequences."
@@ -255,6 +267,13 @@ EXPERIMENTS: dict[str, Experiment] = {
     "mend_setting": _mend("encoder-decoder", "Table 3", (5, 25, 75, 125), SMALL_KNOWN),
     "mend_setting_decoder": _mend("decoder", "Table 3, decoder", (1, 5, 25)),
     "mend_setting_gptj": _mend("gptj", "Table 3, GPT-J", (1, 5, 25)),
+    "mend_setting_classifier": _mend("classifier", "Table 3, classifier", (1, 5, 25)),
+    "encoder_decoder_ideas": Experiment(
+        "Why least squares falls behind on the small encoder-decoder", "Fig. 6, small tier", "encoder-decoder",
+        "MALMEN with one thing changed each, against the editor of Fig. 6.",
+        {"small": Plan({"zsre": (16, 256, 1037)}, 1, ("MEND", *IDEAS), trained_at=(512,), full_seeds=1)},
+        shown_as="variants",
+    ),
     "failures": Experiment(
         "Failure cases", "Tables 4 and 5", "encoder-decoder",
         "Edits, equivalent and unrelated tuples that MALMEN gets wrong, with what the model says.",
@@ -295,7 +314,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     "memit_ablations": Experiment(
         "MEMIT's lambda and layers", "MEMIT, App. F", "subjects",
         "MEMIT with another lambda, or with other blocks than the tier's own.",
-        {"tiny": Plan({"counterfact": (100,)}, 1, MEMIT_METHODS)},
+        {
+            "tiny": Plan({"counterfact": (100,)}, 1, FEW_MEMIT_METHODS, full_methods=MEMIT_METHODS),
+            "small": Plan({"counterfact": (256,)}, 1, MEMIT_METHODS, full_seeds=1),
+        },
         extras=("counterfact",), setting="counterfacts", shown_as="cases table",
     ),
     "mixed_relations": Experiment(
@@ -304,26 +326,35 @@ EXPERIMENTS: dict[str, Experiment] = {
         {
             "tiny": Plan(
                 dict.fromkeys(MIXED, (16,)), 1, ("MEMIT", "MALMEN"), (32,), dict.fromkeys(MIXED, (4, 16, 64))
-            )
+            ),
+            "small": Plan(dict.fromkeys(MIXED, (16, 64)), 1, ("MEMIT",), full_seeds=1),
         },
         extras=("counterfact",), setting="mixed relations", shown_as="cases",
     ),
     "hundred_batches": Experiment(
         "A hundred batches of ten", "CoachHooK, Table 2", "subjects",
         "Facts in batches of ten with no rolling back: scores of all of them after the last batch.",
-        {"tiny": Plan({"world": (30,)}, 1, TABLE_METHODS, trained_at=(10,), full_num_facts={"world": (30, 100, 1000)})},
+        {
+            "tiny": Plan(
+                {"world": (30,)}, 1, FEW_TABLE_METHODS, (10,), {"world": (30, 100, 1000)}, full_methods=TABLE_METHODS
+            ),
+        },
         extras=("hooks",), batch=10,
     ),
     "coachhook_ablations": Experiment(
         "CoachHooK with one thing changed", "CoachHooK, Figs. 4 to 6 and 11", "subjects",
         "Batches of ten with no rolling back, by CoachHooK with one part left out or one setting changed.",
-        {"tiny": Plan({"world": (30,)}, 1, HOOK_METHODS, full_num_facts={"world": (30, 100, 400, 1000)})},
+        {
+            "tiny": Plan(
+                {"world": (30,)}, 1, FEW_HOOK_METHODS, (), {"world": (30, 100, 400, 1000)}, full_methods=HOOK_METHODS
+            ),
+        },
         extras=("hooks",), shown_as="variants", batch=10,
     ),
     "released_code": Experiment(
         "What the released code does otherwise", "notebook 29b", "decoder",
         "MALMEN with one behaviour of the released code each.",
-        {"tiny": Plan({"world": (16,)}, 1, ("MALMEN", *VARIANTS), full_num_facts={"world": (64,)})},
+        {"tiny": Plan({"world": (16,)}, 1, ("MALMEN", *tuple(VARIANTS)[::2]), full_methods=("MALMEN", *VARIANTS))},
         shown_as="variants",
     ),
 }
@@ -354,13 +385,13 @@ def cells_of(
     plan = experiment.plans[tier]
     if min([1 if seeds is None else seeds, *(num_facts or [1])]) < 1:
         raise ExperimentError(f"seeds and numbers of facts must be at least 1: {seeds}, {num_facts}")
-    planned = plan.full_num_facts if full and plan.full_num_facts else plan.num_facts
+    planned = (full and plan.full_num_facts) or plan.num_facts
     return [
         Cell(name, experiment.family, method, m, seed, tier, data_set, trained_for(plan, m))
         for seed in range(seeds or (plan.full_seeds if full else plan.seeds))
         for data_set, ms in planned.items()
         for m in sorted(set(num_facts or ms))
-        for method in plan.methods
+        for method in (full and plan.full_methods) or plan.methods
     ]
 
 
@@ -493,7 +524,9 @@ def edited_model(
     "The language model with the layers that a method edits."
     if method.layers == "second":
         return lm
-    return LanguageModel(lm.model, lm.tokenizer, feed_forward(lm.model, method.layers), lm.last)
+    which, _, stack = method.layers.partition(", ")
+    patterns = [pattern for pattern in feed_forward(lm.model, which) if pattern.startswith(stack)]
+    return LanguageModel(lm.model, lm.tokenizer, patterns, lm.last)
 
 
 def trained_editor(

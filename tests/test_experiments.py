@@ -131,6 +131,8 @@ def test_tiny_plan_has_a_quick_and_a_full_size():
     assert {one.num_facts for one in full} == {16, 64, 256, 1024} and {one.seed for one in full} == {0, 1, 2}
     assert {one.method for one in full} == {*MAIN_METHODS, "MEMIT"} and set(quick) <= set(full)
     assert len(cells_of("scaling_decoder", "tiny", seeds=2, num_facts=[16, 256])) == 2 * 2 * 5
+    quick, full = ({one.method for one in cells_of("released_code", "tiny", full=full)} for full in (False, True))
+    assert quick < full == {"MALMEN", *VARIANTS}
 
 
 def test_every_figure_and_table_of_the_paper_has_its_experiment_for_each_family():
@@ -145,8 +147,11 @@ def test_every_figure_and_table_of_the_paper_has_its_experiment_for_each_family(
 def test_what_is_run_by_default_is_part_of_the_full_plan():
     for name, experiment in EXPERIMENTS.items():
         for tier in experiment.plans:
-            sizes = [{one.num_facts for one in cells_of(name, tier, full=full)} for full in (False, True)]
-            assert sizes[0] <= sizes[1] or name.startswith("ablations") or name in ("failures", "released_code")
+            quick, full = (cells_of(name, tier, full=full) for full in (False, True))
+            sizes = [{one.num_facts for one in cells} for cells in (quick, full)]
+            methods = [{one.method for one in cells} for cells in (quick, full)]
+            assert methods[0] <= methods[1]
+            assert sizes[0] <= sizes[1] or name in ("ablations_decoder", "failures")
 
 
 def test_small_plan_edits_all_zsre_rows_and_up_to_4096():
@@ -569,8 +574,12 @@ def method_settings(tier, method, num_facts):
     if about.ready:
         return READY_TOYS[about.ready], None
     editor = EditorConfig(**({"rank": 4, "blocks": 1, "learning_rate": 0.01} | about.changes))
-    training = TrainingConfig(num_facts=num_facts, steps=2 if about.trained else 0, **about.training)
-    return editor, training
+    training = about.training | {"steps": 2 if about.trained else 0}
+    return editor, TrainingConfig(num_facts=num_facts, **training)
+
+
+def two_stacks(tier, family, seed):
+    return replace(toy_bench(seed=seed), lm=toy_encoder_decoder(seed=seed))
 
 
 def run_method(method, out, ms=(3,), bench_for=toy_bench, **options):
@@ -585,17 +594,26 @@ def test_methods_are_well_formed():
         known = {one.name for one in fields(READY[method.ready].config)} if method.ready else editors
         assert set(method.changes) <= known - {"seed"} and set(method.training) <= trainings - {"seed", "num_facts"}
         assert not (method.ready and method.trained), name
-        assert method.layers in ("first", "second", "both") and callable(method.editor), name
+        assert method.layers in ("first", "second", "both", "second, decoder") and callable(method.editor), name
     assert set(VARIANTS) < set(METHODS)
     assert [name for name, method in METHODS.items() if method.may_fail] == ["MALMEN, no regularisation"]
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].may_fail])
 def test_every_method_gives_a_record(method, tmp_path):
-    (record,) = run_method(method, tmp_path)
+    stacks = METHODS[method].layers.endswith(", decoder")
+    (record,) = run_method(method, tmp_path, bench_for=two_stacks if stacks else toy_bench)
     assert 0 <= record["scores"]["ES"]["mean"] <= 1 and record["blocks"] == [3] and "failure" not in record["extra"]
     assert bool(record["history"]) == METHODS[method].trained and read_record(tmp_path / cell(method).path) == record
     assert len(list((tmp_path / "editors").glob("*"))) == (not METHODS[method].ready)
+
+
+def test_the_decoder_of_two_stacks_can_be_edited_alone(tmp_path):
+    method = "MALMEN, idea: decoder alone"
+    layers = run_method(method, tmp_path, bench_for=two_stacks)[0]["model"]["edited_layers"]
+    both = run_method("MALMEN", tmp_path, bench_for=two_stacks)[0]["model"]["edited_layers"]
+    assert layers and all(name.startswith("decoder.") for name in layers)
+    assert layers == {name: shape for name, shape in both.items() if name.startswith("decoder.")} != both
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].ready and METHODS[name].changes])
