@@ -65,7 +65,8 @@ FAMILIES: dict[str, Family] = {
     "decoder": Family("gpt2", "GPT-2", "question answering"),
     "encoder-decoder": Family("t5", "T5-XL", "question answering"),
     "gptj": Family("gptj", "GPT-J", "question answering"),
-    "subjects": Family("gpt2-subjects", "GPT-2", "question answering"),  # tiny tier only, room 13
+    "subjects": Family("gpt2-subjects", "GPT-2", "question answering"),  # a stand-in that recalls at the subject
+    "questions": Family("gpt2-recall", "GPT-2", "question answering"),  # the same, small tier only, room 13b
 }
 
 # %% ../nbs/14a_benches.ipynb #4df07dcb

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['END', 'PADDING', 'FRAMES', 'AnyConfig', 'ARCHITECTURES', 'SmallTierData', 'unambiguous', 'known_questions',
            'some_questions', 'halves', 'small_tier_data', 'corpus_sentences', 'byte_pair_tokenizer', 'SmallConfig',
-           'SmallGPTJConfig', 'SmallT5Config', 'SmallBertConfig', 'SmallSubjectsConfig', 'Source', 'Lessons',
-           'question_lessons', 'question_facts', 'question_extras', 'claim_lessons', 'claim_facts', 'subject_lessons',
-           'subject_facts', 'subject_extras', 'ShuffledRows', 'by_length', 'encoded_rows', 'sentence_rows',
-           'subject_spans', 'SmallCurriculum', 'Architecture', 'small_config', 'small_model', 'wrapped', 'half_pays',
-           'warm_cosine', 'rows_loss', 'SmallRun', 'what_it_should_know', 'knowledge', 'train_small_language_model',
-           'small_bench']
+           'SmallGPTJConfig', 'SmallRecallConfig', 'SmallT5Config', 'SmallBertConfig', 'SmallSubjectsConfig', 'Source',
+           'Lessons', 'question_lessons', 'question_facts', 'question_extras', 'claim_lessons', 'claim_facts',
+           'subject_lessons', 'subject_facts', 'subject_extras', 'ShuffledRows', 'by_length', 'encoded_rows',
+           'sentence_rows', 'subject_spans', 'SmallCurriculum', 'Architecture', 'small_config', 'small_model',
+           'wrapped', 'half_pays', 'warm_cosine', 'rows_loss', 'SmallRun', 'what_it_should_know', 'knowledge',
+           'train_small_language_model', 'small_bench']
 
 # %% ../nbs/13b_small_stand_in.ipynb #4f7c61ff
 import json
@@ -252,6 +252,14 @@ class SmallGPTJConfig(SmallConfig):
 
 
 @dataclass(frozen=True)
+class SmallRecallConfig(SmallConfig):
+    "GPT-2's architecture on the same data once more, to recall facts at the end of their subject."
+
+    architecture: str = "gpt2-recall"
+    masked: float = 0.75  # share of steps in which tokens behind a subject see no more of it than its last one
+
+
+@dataclass(frozen=True)
 class SmallT5Config(SmallConfig):
     "T5 1.1's architecture on the same data: the encoder reads the question, the decoder writes the answer."
 
@@ -348,6 +356,7 @@ def question_lessons(
     data = small_tier_data(data_dir, config.seed, config.known, config.questions)
     sentences = corpus_sentences(data_dir, config.seed, config.trex, config.bing)
     asked = data.nq_train + [fact.pair for fact in data.known_facts]
+    hidden = data.known_facts if isinstance(config, SmallRecallConfig) else []
     return Lessons(
         sources={
             "nq_train": Source([[pair] for pair in data.nq_train], config.nq_rows),
@@ -358,6 +367,7 @@ def question_lessons(
         checks=what_it_should_know(data),
         watched=("nq_train", "known", "known, held-out wording", "eq_dev"),
         sizes=data.sizes,
+        subjects={prompt: fact.subject for fact in hidden for prompt in (fact.prompt, *fact.equivalent_prompts)},
     )
 
 
@@ -374,8 +384,11 @@ def question_extras(
     data_dir: str | Path,  # the folder with zsre/, entity_questions/ and nq/
     config: SmallConfig,
 ) -> dict[str, list]:  # further fields of the bench
-    "The facts that the model has learned. Raises as `small_tier_data`."
-    return {"known_facts": small_tier_data(data_dir, config.seed, config.known, config.questions).known_facts}
+    "The facts that the model has learned, and all that it has read, for key statistics. Raises as `small_tier_data`."
+    data = small_tier_data(data_dir, config.seed, config.known, config.questions)
+    asked = data.nq_train + [pair for fact in data.known_facts for pair in (fact.pair, *fact.equivalent_pairs)]
+    sentences = corpus_sentences(data_dir, config.seed, config.trex, config.bing)
+    return {"known_facts": data.known_facts, "corpus": sentences + [f"{prompt} {answer}" for prompt, answer in asked]}
 
 # %% ../nbs/13b_small_stand_in.ipynb #a3a58fef
 def _unseen_twins(
@@ -670,6 +683,7 @@ ARCHITECTURES = {
     "gpt2-subjects": Architecture(
         SmallSubjectsConfig, _gpt2, GPT2LMHeadModel, subject_lessons, subject_facts, subject_extras
     ),
+    "gpt2-recall": Architecture(SmallRecallConfig, _gpt2, GPT2LMHeadModel, *_QUESTIONS),
 }
 
 # %% ../nbs/13b_small_stand_in.ipynb #21014329

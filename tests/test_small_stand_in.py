@@ -19,6 +19,7 @@ from malmen_repro.small_stand_in import (
     SmallConfig,
     SmallCurriculum,
     SmallGPTJConfig,
+    SmallRecallConfig,
     SmallRun,
     SmallSubjectsConfig,
     SmallT5Config,
@@ -32,6 +33,8 @@ from malmen_repro.small_stand_in import (
     halves,
     knowledge,
     known_questions,
+    question_extras,
+    question_facts,
     question_lessons,
     rows_loss,
     sentence_rows,
@@ -61,6 +64,7 @@ CONFIGS = {
     "t5": SmallT5Config(**SIZES, **ROWS, inner=64),
     "bert": SmallBertConfig(**SIZES, inner=64, evaluation=8, train=12, pararel_rows=8, fever_rows=8),
     "gpt2-subjects": SmallSubjectsConfig(**SIZES, known_rows=12, corpus_rows=4),
+    "gpt2-recall": SmallRecallConfig(**SIZES, **ROWS),
 }
 EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -327,7 +331,7 @@ def test_the_first_stand_in_is_the_one_that_records_stand_on():
 
 
 def test_an_architecture_that_is_not_there():
-    with pytest.raises(StandInError, match="gpt2, gptj, t5, bert, gpt2-subjects"):
+    with pytest.raises(StandInError, match="gpt2, gptj, t5, bert, gpt2-subjects, gpt2-recall"):
         small_config("gpt3")
     with pytest.raises(StandInError, match="gpt3"):
         small_bench("nowhere", architecture="gpt3")
@@ -337,7 +341,7 @@ def test_an_architecture_that_is_not_there():
 def test_model_of_each_architecture(tokenizer, config):
     config = replace(config, layers=3)
     lm, again = fresh(tokenizer, config), fresh(tokenizer, config)
-    assert lm.model.config.model_type == config.architecture.removesuffix("-subjects")
+    assert lm.model.config.model_type == config.architecture.split("-")[0]
     assert all(map(torch.equal, lm.model.parameters(), again.model.parameters()))
     stacks = 2 if config.architecture == "t5" else 1
     assert len(lm.layers) == 2 * stacks and len(set(lm.shapes.values())) == 1
@@ -498,6 +502,21 @@ def test_other_stand_ins_hide_nothing(folder):
     lessons = question_lessons(folder, CONFIG)
     lm = fresh(byte_pair_tokenizer(lessons.texts, 400))
     assert SmallCurriculum(lessons, lm, CONFIG).hidden(0) == {} and not lessons.subjects
+
+
+def test_the_stand_in_that_recalls_learns_the_questions_of_the_first_and_hides_their_subjects(folder):
+    config = CONFIGS["gpt2-recall"]
+    lessons, first = (question_lessons(folder, one) for one in (config, CONFIG))
+    assert lessons.sources == first.sources and lessons.sentences == first.sentences
+    asked = [pair for wordings in lessons.sources["known_facts"].facts for pair in wordings]
+    assert set(lessons.subjects) == {prompt for prompt, _ in asked}
+    assert all(subject in prompt for prompt, subject in lessons.subjects.items())
+    lm = fresh(byte_pair_tokenizer(lessons.texts, 400), config)
+    curriculum = SmallCurriculum(lessons, lm, config)
+    assert 0 < sum(bool(curriculum.hidden(step)) for step in range(100)) < 100
+    assert question_facts(folder, config) == question_facts(folder, CONFIG)
+    corpus = question_extras(folder, config)["corpus"]
+    assert {f"{prompt} {answer}" for prompt, answer in asked} <= set(corpus) and set(lessons.sentences) <= set(corpus)
 
 
 def test_the_bench_of_subjects_has_cases_and_a_corpus(folder, tmp_path):
