@@ -1,6 +1,7 @@
 """Execute notebooks in place and clean them: all of nbs/, or those named on the command line.
 
 Cells that nbdev_test skips (`#| eval: false` and the flags in settings.ini) are not run and keep the outputs they have.
+With `--slow` those flagged `#| slow` are run too, and write their records anew.
 """
 
 import os
@@ -43,6 +44,8 @@ if __name__ == "__main__":
     # Progress bars hold times, and the warning that they lack a widget a path of this machine: no lesson in either.
     os.environ.update(TQDM_DISABLE="1", PYTHONWARNINGS="ignore:IProgress not found")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    named = [Path(name).resolve() for name in sys.argv[1:]]
+    if "--slow" in sys.argv:
+        Client.flags.discard("slow")
+    named = [Path(name).resolve() for name in sys.argv[1:] if name != "--slow"]
     for notebook_path in named or sorted((ROOT / "nbs").glob("*.ipynb")):
         execute(notebook_path)
