@@ -111,10 +111,11 @@ METHODS: dict[str, Method] = {  # the order in tables and legends
     "MALMEN, no regularisation": Method(changes={"regularization": 0.0}, may_fail=True),
     "MALMEN, first layer": Method(layers="first"),
     "MALMEN, all tokens": Method(changes={"tokens": "all"}),
-    "MALMEN, idea: small blocks only": Method(training={"ramp_steps": 200}),
-    "MALMEN, idea: small blocks, twice the steps": Method(training={"steps": 400, "ramp_steps": 400}),
-    "MALMEN, idea: decoder alone": Method(layers="second, decoder"),
-    "MALMEN, idea: lambda from 10": Method(changes={"regularization": 10.0}),
+    # For the small encoder-decoder, whose training breaks where its blocks grow from 64 facts to 512: none of these grow.
+    "MALMEN, idea: small blocks": Method(training={"ramp_steps": 200}),
+    "MALMEN, idea: twice the steps": Method(training={"ramp_steps": 400, "steps": 400}),
+    "MALMEN, idea: decoder alone": Method(training={"ramp_steps": 200}, layers="second, decoder"),
+    "MALMEN, idea: lambda from 10": Method(changes={"regularization": 10.0}, training={"ramp_steps": 200}),
     "MEND, locality 10": Method(MEND, training={"locality_coefficient": 10.0}),
     **{name: Method(*variant) for name, variant in VARIANTS.items()},
 }
@@ -131,7 +132,7 @@ SMALL_MEMIT_METHODS = (*(name for name in MEMIT_METHODS if name != "MEMIT, lambd
 FEW_MEMIT_METHODS = ("MEMIT", "MEMIT, first two blocks", "MEMIT, lambda 10", "MEMIT, lambda 10,000")
 FEW_HOOK_METHODS = ("MEMIT", "CoachHooK", "CoachHooK, no hooks", "CoachHooK, no memory", "CoachHooK, lambda 10,000")
 FEW_TABLE_METHODS = ("FT-M", "MEMIT", "CoachHooK", "MALMEN", "MALMEN, accumulated")
-IDEAS = ("MALMEN", *(name for name in METHODS if name.startswith("MALMEN, idea: ")))
+IDEAS = tuple(name for name in METHODS if name.startswith("MALMEN, idea: "))
 SMALL_METHODS = (*MAIN_METHODS, "FT-W", "FT-M", "LoRA", "MEMIT", "CoachHooK")  # ROME takes a search for each fact
 CONSECUTIVE_METHODS = ("MALMEN", "MALMEN, accumulated", "MEND", "MALMEN untrained", "MEMIT", "CoachHooK")
 ALL_METHODS = ("MALMEN", "MEND", "FT", "MALMEN untrained", *(name for name in READY if name != "FT"))
@@ -273,8 +274,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "mend_setting_classifier": _mend("classifier", "Table 3, classifier", (1, 5, 25)),
     "encoder_decoder_ideas": Experiment(
         "Why least squares falls behind on the small encoder-decoder", "Fig. 6, small tier", "encoder-decoder",
-        "MALMEN with one thing changed each, against the editor of Fig. 6.",
-        {"small": Plan({"zsre": (16, 256, 1037)}, 1, ("MEND", *IDEAS), trained_at=(512,), full_seeds=1)},
+        "MALMEN trained on blocks of 64 facts throughout, and then with one thing more changed each.",
+        {"small": Plan({"zsre": (16, 256, 1037)}, 1, ("FT", *IDEAS), trained_at=(512,), full_seeds=1)},
         shown_as="variants",
     ),
     "failures": Experiment(
