@@ -111,7 +111,7 @@ METHODS: dict[str, Method] = {  # the order in tables and legends
     "MALMEN, no regularisation": Method(changes={"regularization": 0.0}, may_fail=True),
     "MALMEN, first layer": Method(layers="first"),
     "MALMEN, all tokens": Method(changes={"tokens": "all"}),
-    # For the small encoder-decoder, whose training breaks where its blocks grow from 64 facts to 512: none of these grow.
+    # The small encoder-decoder's training breaks where its blocks grow from 64 facts to 512; in none of these they grow.
     "MALMEN, idea: small blocks": Method(training={"ramp_steps": 200}),
     "MALMEN, idea: twice the steps": Method(training={"ramp_steps": 400, "steps": 400}),
     "MALMEN, idea: decoder alone": Method(training={"ramp_steps": 200}, layers="second, decoder"),
@@ -300,8 +300,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Facts in batches of 16 with no rolling back: scores of all of them after the last batch.",
         {
             "tiny": Plan(
-                {"world": (64,)}, 1, CONSECUTIVE_METHODS,
-                trained_at=(16,), full_num_facts={"world": (16, 64, 256)},
+                {"world": (64,)}, 1, CONSECUTIVE_METHODS, (16,), {"world": (16, 64, 256)},
+                full_methods=(*ALL_METHODS, "MALMEN, accumulated"),
             ),
         },
         batch=16,
