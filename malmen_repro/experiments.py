@@ -111,7 +111,7 @@ METHODS: dict[str, Method] = {  # the order in tables and legends
     "MALMEN, no regularisation": Method(changes={"regularization": 0.0}, may_fail=True),
     "MALMEN, first layer": Method(layers="first"),
     "MALMEN, all tokens": Method(changes={"tokens": "all"}),
-    # The small encoder-decoder's training breaks where its blocks grow from 64 facts to 512; in none of these they grow.
+    # The small encoder-decoder's training breaks where its blocks grow from 64 facts to 512; here they don't grow.
     "MALMEN, idea: small blocks": Method(training={"ramp_steps": 200}),
     "MALMEN, idea: twice the steps": Method(training={"ramp_steps": 400, "steps": 400}),
     "MALMEN, idea: decoder alone": Method(training={"ramp_steps": 200}, layers="second, decoder"),

@@ -183,7 +183,7 @@ def breaks_down(records: Sequence[Record]) -> Finding | None:
         return None
     failures = [record["extra"].get("failure") for record in ours]
     singular = [failure for failure in failures if failure and failure["error"] == "SingularGramError"]
-    text = f"{len(singular)} of {len(ours)} seeds end in a singular matrix"
+    text = f"{len(singular)} of {len(ours)} runs end in a singular matrix"
     if singular:
         f = singular[0]
         text += f" (condition {f['condition']}: {f['tokens']} tokens, key size {f['key_size']})"

@@ -420,11 +420,12 @@ def test_records_that_lie_in_a_tier_belong_to_an_item():
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_committed_records_of_one_place_had_the_same_bench(tier):
+def test_committed_records_of_one_experiment_and_seed_had_the_same_bench(tier):
+    "What a figure compares was measured on one model. Two processors round differently, so experiments may have two."
     benches = {}
     for path in (path for path in OF_CELLS if path.parent.parent.name == tier):
         one = read_record(path)
         cell = Cell(**one["configuration"]["cell"])
-        place = cell.family, EXPERIMENTS[cell.experiment].setting, cell.seed if tier == "tiny" else 0
+        place = cell.experiment, cell.seed if tier == "tiny" else 0
         benches.setdefault(place, set()).add(sha256(one["fingerprints"]))
     assert all(len(hashes) == 1 for hashes in benches.values())

@@ -225,7 +225,7 @@ def test_breaks_down(whole, expected):
     name = "MALMEN, no regularisation"
     made = [record(name, seed=seed) if seed < whole else broken(name, seed=seed) for seed in (0, 1)]
     found = breaks_down([record(), *made])
-    assert found.verdict == expected and found.ours.startswith(f"{2 - whole} of 2 seeds end in a singular matrix")
+    assert found.verdict == expected and found.ours.startswith(f"{2 - whole} of 2 runs end in a singular matrix")
     assert ("40 tokens, key size 96" in found.ours and "condition infinite" in found.ours) == (whole < 2)
 
 
@@ -235,7 +235,7 @@ def test_breaks_down_without_records_of_it():
 
 def test_breaks_down_in_another_way():
     found = breaks_down([broken(error="NonFiniteShiftError")])
-    assert found.verdict == "below" and found.ours == "0 of 1 seeds end in a singular matrix"
+    assert found.verdict == "below" and found.ours == "0 of 1 runs end in a singular matrix"
 
 
 @pytest.mark.parametrize(
