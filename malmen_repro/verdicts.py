@@ -8,7 +8,7 @@ __all__ = ['Record', 'ROUNDING', 'Curves', 'STATEMENTS', 'BELOW_PAPER', 'Finding
            'residuals_grow', 'residual_ratio', 'more_success_more_drawdown', 'failure_counts', 'memory_slopes',
            'same_errors', 'single_tokens', 'sometimes_right', 'case_curves', 'average', 'leads', 'falls',
            'lambda_trades', 'near_the_average', 'hook_cost', 'one_size', 'score_curves', 'batch_size_gap',
-           'fixed_alpha', 'margin', 'verdict', 'verdict_table']
+           'fixed_alpha', 'margin', 'verdict', 'verdict_table', 'verdict_grid']
 
 # %% ../nbs/16a_verdicts.ipynb #9bdf28a4
 import math
@@ -52,12 +52,14 @@ class Statement:
     tolerance: str  # what counts as reproduced; fixed before the records were made
     experiment: str  # whose records answer
     paper: str = field(default="MALMEN", kw_only=True)  # that says it
+    elsewhere: dict[str, str] = field(default_factory=dict, kw_only=True)  # tier -> experiment that answers there
     test: Callable[[Sequence[Record]], Finding | None] | None = None  # None: nothing here can answer yet
 
     def finding(self, tier: str, directory: Path | None = None) -> Finding | None:  # None if there are no records
         "The answer of the records of one tier, committed ones unless a folder is given."
         folder = directory or committed_records()
-        records = read_records(folder, self.experiment, tier) if folder and self.test else []
+        experiment = self.elsewhere.get(tier, self.experiment)
+        records = read_records(folder, experiment, tier) if folder and self.test else []
         return self.test(records) if records else None
 
 # %% ../nbs/16a_verdicts.ipynb #a87019c3
@@ -493,7 +495,7 @@ STATEMENTS: list[Statement] = [
               "largest gap to the best LS of MEND and FT at most .02", "scaling_gptj", locality_gap),
     # On the stand-in where MEMIT has what it needs, facts that are recalled at their subject: not Fig. 7's own.
     Statement("Fig. 7", "MALMEN outperforms MEMIT", "5.1", "success and LS at least MEMIT's less .02, at every m",
-              "editors", beats_memit),
+              "editors", beats_memit, elsewhere={"small": "editors_zsre"}),
     Statement("Fig. 8", "the mean residual grows with m for both ways to join shifts", "5.2",
               "larger at the largest m than at the smallest", "cancellation", residuals_grow),
     Statement("Fig. 8", "MALMEN's is about three orders of magnitude smaller", "5.2",
@@ -603,3 +605,19 @@ def verdict_table(
         if silent and silent_too:
             rows.append([statement.item, statement.says, statement.tolerance, ", ".join(silent), "–", "not run"])
     return markdown_table(["item", "the paper", "counts as the same", "tier", "ours", "verdict"], rows)
+
+
+def verdict_grid(
+    items: Sequence[str],  # figures and tables of the paper
+    tiers: Sequence[str] = BELOW_PAPER,
+    directory: Path | None = None,  # of records; None for the committed ones
+) -> str:  # markdown
+    "The same in short: a row for each statement that has an answer, a column for each tier."
+    rows = []
+    for statement in (one for one in STATEMENTS if one.item in items):
+        answers = [verdict(statement, tier, directory) for tier in tiers]
+        if any(text != "not run" for _, text in answers):
+            short = [(ours, text.partition(",")[0]) for ours, text in answers]
+            cells = ("–" if text == "not run" else f"**{text}**: {ours}" for ours, text in short)
+            rows.append([statement.item, statement.says, *cells])
+    return markdown_table(["item", "the paper", *tiers], rows)

@@ -1,6 +1,7 @@
 """Verdicts from hand-made records: at, above and below each tolerance, and what is said where there are no records."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ from malmen_repro.verdicts import (
     success,
     time_saved,
     verdict,
+    verdict_grid,
     verdict_table,
 )
 from tests.handmade import (
@@ -589,6 +591,24 @@ def test_verdict_table(monkeypatch, folder):
     assert rows_of(verdict_table(["Fig. 5"], ("small",), folder)) == [[*first, "small", "–", "not run"]] * 2
     assert len(rows_of(verdict_table(["Fig. 5", "Fig. 6"], ("tiny",), folder))) == 3
     assert rows_of(verdict_table([], directory=folder)) == rows_of(verdict_table(["Fig. 99"], directory=folder)) == []
+
+
+def test_verdict_grid_has_a_column_a_tier_and_leaves_out_what_was_not_run(monkeypatch, folder):
+    statements = [toy_statement(), toy_statement(None, "Fig. 6"), toy_statement(None)]
+    monkeypatch.setattr(verdicts, "STATEMENTS", statements)
+    ours = "**reproduced**: toys, m = 16: 0.75 against 0.50 (MEND)"
+    assert rows_of(verdict_grid(["Fig. 5", "Fig. 6"], directory=folder)) == [["Fig. 5", "MALMEN is best", ours, "–"]]
+    assert rows_of(verdict_grid(["Fig. 5"], ("tiny", "paper"), folder)) == [["Fig. 5", "MALMEN is best", ours, ours]]
+    assert rows_of(verdict_grid(["Fig. 6"], directory=folder)) == []
+
+
+def test_a_tier_may_be_answered_by_another_experiment(folder):
+    statement = replace(toy_statement(), elsewhere={"small": "scaling_gptj"})
+    write([record(name, experiment="scaling_gptj", tier="small") for name in ("MALMEN", "MEND")], folder)
+    assert statement.finding("tiny", folder) and statement.finding("small", folder)
+    assert toy_statement().finding("small", folder) is None
+    named = {name for one in STATEMENTS for name in one.elsewhere.values()}
+    assert named == {"editors_zsre"} <= EXPERIMENTS.keys()
 
 
 def test_verdict_table_of_nothing_has_a_row_a_statement(tmp_path):
