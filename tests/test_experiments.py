@@ -578,10 +578,6 @@ def method_settings(tier, method, num_facts):
     return editor, TrainingConfig(num_facts=num_facts, **training)
 
 
-def two_stacks(tier, family, seed):
-    return replace(toy_bench(seed=seed), lm=toy_encoder_decoder(seed=seed))
-
-
 def run_method(method, out, ms=(3,), bench_for=toy_bench, **options):
     cells = [cell(method, m, train_num_facts=3) for m in ms]
     return run(cells, out, bench_for, method_settings, evaluation=replace(EVALUATION, scored_facts=3), **options)
@@ -594,26 +590,17 @@ def test_methods_are_well_formed():
         known = {one.name for one in fields(READY[method.ready].config)} if method.ready else editors
         assert set(method.changes) <= known - {"seed"} and set(method.training) <= trainings - {"seed", "num_facts"}
         assert not (method.ready and method.trained), name
-        assert method.layers in ("first", "second", "both", "second, decoder") and callable(method.editor), name
+        assert method.layers in ("first", "second", "both") and callable(method.editor), name
     assert set(VARIANTS) < set(METHODS)
     assert [name for name, method in METHODS.items() if method.may_fail] == ["MALMEN, no regularisation"]
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].may_fail])
 def test_every_method_gives_a_record(method, tmp_path):
-    stacks = METHODS[method].layers.endswith(", decoder")
-    (record,) = run_method(method, tmp_path, bench_for=two_stacks if stacks else toy_bench)
+    (record,) = run_method(method, tmp_path)
     assert 0 <= record["scores"]["ES"]["mean"] <= 1 and record["blocks"] == [3] and "failure" not in record["extra"]
     assert bool(record["history"]) == METHODS[method].trained and read_record(tmp_path / cell(method).path) == record
     assert len(list((tmp_path / "editors").glob("*"))) == (not METHODS[method].ready)
-
-
-def test_the_decoder_of_two_stacks_can_be_edited_alone(tmp_path):
-    method = "MALMEN, idea: decoder alone"
-    layers = run_method(method, tmp_path, bench_for=two_stacks)[0]["model"]["edited_layers"]
-    both = run_method("MALMEN", tmp_path, bench_for=two_stacks)[0]["model"]["edited_layers"]
-    assert layers and all(name.startswith("decoder.") for name in layers)
-    assert layers == {name: shape for name, shape in both.items() if name.startswith("decoder.")} != both
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].ready and METHODS[name].changes])
