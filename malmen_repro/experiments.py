@@ -297,14 +297,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "editors_zsre": Experiment(
         "All editors on zsRE", "MEMIT, Table 1", "questions",
-        "Every editor on real questions, in a stand-in that recalls facts at their subject.",
+        "Every editor on real questions, in a stand-in that was taught to recall facts at their subject.",
         {"small": Plan({"zsre": (64, 256, 1037)}, 1, SMALL_METHODS, (64,), full_seeds=1)},
-    ),
-    "consecutive_zsre": Experiment(
-        "Batch after batch on zsRE", "notebook 31", "questions",
-        "Real facts in batches of 64 with no rolling back: scores of all of them after the last batch.",
-        {"small": Plan({"zsre": (64, 256, 1024)}, 1, CONSECUTIVE_METHODS, (64,), full_seeds=1)},
-        batch=64,
     ),
     "counterfact": Experiment(
         "Counterfactuals", "MEMIT, Table 2 and Fig. 5", "subjects",

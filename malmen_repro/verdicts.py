@@ -52,14 +52,12 @@ class Statement:
     tolerance: str  # what counts as reproduced; fixed before the records were made
     experiment: str  # whose records answer
     paper: str = field(default="MALMEN", kw_only=True)  # that says it
-    elsewhere: dict[str, str] = field(default_factory=dict, kw_only=True)  # tier -> experiment that answers there
     test: Callable[[Sequence[Record]], Finding | None] | None = None  # None: nothing here can answer yet
 
     def finding(self, tier: str, directory: Path | None = None) -> Finding | None:  # None if there are no records
         "The answer of the records of one tier, committed ones unless a folder is given."
         folder = directory or committed_records()
-        experiment = self.elsewhere.get(tier, self.experiment)
-        records = read_records(folder, experiment, tier) if folder and self.test else []
+        records = read_records(folder, self.experiment, tier) if folder and self.test else []
         return self.test(records) if records else None
 
 # %% ../nbs/16a_verdicts.ipynb #a87019c3
@@ -495,7 +493,7 @@ STATEMENTS: list[Statement] = [
               "largest gap to the best LS of MEND and FT at most .02", "scaling_gptj", locality_gap),
     # On the stand-in where MEMIT has what it needs, facts that are recalled at their subject: not Fig. 7's own.
     Statement("Fig. 7", "MALMEN outperforms MEMIT", "5.1", "success and LS at least MEMIT's less .02, at every m",
-              "editors", beats_memit, elsewhere={"small": "editors_zsre"}),
+              "editors", beats_memit),
     Statement("Fig. 8", "the mean residual grows with m for both ways to join shifts", "5.2",
               "larger at the largest m than at the smallest", "cancellation", residuals_grow),
     Statement("Fig. 8", "MALMEN's is about three orders of magnitude smaller", "5.2",

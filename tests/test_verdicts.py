@@ -1,7 +1,6 @@
 """Verdicts from hand-made records: at, above and below each tolerance, and what is said where there are no records."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -600,15 +599,6 @@ def test_verdict_grid_has_a_column_a_tier_and_leaves_out_what_was_not_run(monkey
     assert rows_of(verdict_grid(["Fig. 5", "Fig. 6"], directory=folder)) == [["Fig. 5", "MALMEN is best", ours, "–"]]
     assert rows_of(verdict_grid(["Fig. 5"], ("tiny", "paper"), folder)) == [["Fig. 5", "MALMEN is best", ours, ours]]
     assert rows_of(verdict_grid(["Fig. 6"], directory=folder)) == []
-
-
-def test_a_tier_may_be_answered_by_another_experiment(folder):
-    statement = replace(toy_statement(), elsewhere={"small": "scaling_gptj"})
-    write([record(name, experiment="scaling_gptj", tier="small") for name in ("MALMEN", "MEND")], folder)
-    assert statement.finding("tiny", folder) and statement.finding("small", folder)
-    assert toy_statement().finding("small", folder) is None
-    named = {name for one in STATEMENTS for name in one.elsewhere.values()}
-    assert named == {"editors_zsre"} <= EXPERIMENTS.keys()
 
 
 def test_verdict_table_of_nothing_has_a_row_a_statement(tmp_path):
