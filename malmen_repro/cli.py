@@ -95,9 +95,16 @@ def experiments_called(
 
 
 def _figures(text: str) -> list[str]:
-    "Tables 4 and 5 are Table 4 and Table 5."
-    kind, *numbers = re.findall(r"Fig|Table|\d+", text) or [""]
-    return [f"{kind} {number}" for number in numbers]
+    "Tables 4 and 5 are Table 4 and Table 5; those of another paper begin with its name."
+    first, _, _ = text.partition(", ")
+    paper = "" if re.match("Fig|Table", first) else f"{first} "
+    found, kind = [], ""
+    for word in re.findall(r"Fig|Table|\d+", text):
+        if word.isdigit():
+            found.append(f"{paper}{kind} {word}")
+        else:
+            kind = word
+    return found
 
 
 def _memory(args: argparse.Namespace) -> None:
