@@ -216,7 +216,8 @@ def test_blocks_are_pooled_by_their_cases(shifted):
     whole = counterfact_means(bench, facts, shift, 4)["measures"]
     pooled = pooled_means(parts)
     for name in ("ES", "NS", "EM", "GE", "ES before", "S", "S before"):
-        assert pooled[name] == pytest.approx(whole[name]), name
+        # EM is a difference of float32 probabilities, which round otherwise in a batch of another shape.
+        assert pooled[name] == pytest.approx(whole[name], abs=1e-7), name
 
 
 def test_a_block_without_a_measure_has_no_part_in_its_mean():
