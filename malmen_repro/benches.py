@@ -67,6 +67,7 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family("gptj", "GPT-J", "question answering"),
     "subjects": Family("gpt2-subjects", "GPT-2", "question answering"),  # a stand-in that recalls at the subject
     "questions": Family("gpt2-recall", "GPT-2", "question answering"),  # the same, small tier only, room 13b
+    "base": Family("gpt2-base", "GPT-2", "question answering"),  # the same again, as deep and wide as GPT-2
 }
 
 # %% ../nbs/14a_benches.ipynb #4df07dcb

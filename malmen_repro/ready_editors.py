@@ -48,7 +48,12 @@ TINY: dict[str, Any] = {
 }
 # Chosen on 32 facts of the stand-in's training part, as the rates of SMALL: with the paper's settings nothing moves.
 _SMALL_MEMIT = MEMITConfig(
-    regularization=100.0, target=replace(_TINY_TARGET, essence="{} is a", steps=60, clamp=8.0, kl_factor=0.0625)
+    regularization=100.0,
+    target=replace(
+        _TINY_TARGET,
+        **{"prefix_lengths": (5, 5, 10, 10), "separator": ". ", "essence": "{} is a"},
+        **{"steps": 60, "clamp": 8.0, "kl_factor": 0.0625},
+    ),
 )
 SMALL: dict[str, Any] = {
     **PAPERS,
@@ -59,7 +64,7 @@ SMALL: dict[str, Any] = {
 }
 # R, the blocks that MEMIT and CoachHooK edit; ROME takes the last of them. GPT-2 at the depth of GPT-J's 3 to 8 of 28.
 CRITICAL: dict[tuple[str, str], tuple[int, ...]] = {  # tier, family -> blocks
-    ("small", "decoder"): (0, 1), ("small", "gptj"): (0, 1),
+    ("small", "decoder"): (0, 1), ("small", "gptj"): (0, 1), ("small", "base"): (1, 2, 3),
     ("paper", "gptj"): (3, 4, 5, 6, 7, 8), ("shapes", "gptj"): (3, 4, 5, 6, 7, 8),
     ("paper", "decoder"): (1, 2, 3), ("shapes", "decoder"): (1, 2, 3),
 }

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['END', 'PADDING', 'FRAMES', 'AnyConfig', 'ARCHITECTURES', 'SmallTierData', 'unambiguous', 'known_questions',
            'some_questions', 'halves', 'small_tier_data', 'corpus_sentences', 'byte_pair_tokenizer', 'SmallConfig',
-           'SmallGPTJConfig', 'SmallRecallConfig', 'SmallT5Config', 'SmallBertConfig', 'SmallSubjectsConfig', 'Source',
-           'Lessons', 'question_lessons', 'question_facts', 'question_extras', 'claim_lessons', 'claim_facts',
-           'subject_lessons', 'subject_facts', 'subject_extras', 'ShuffledRows', 'by_length', 'encoded_rows',
-           'sentence_rows', 'subject_spans', 'SmallCurriculum', 'Architecture', 'small_config', 'small_model',
-           'wrapped', 'half_pays', 'warm_cosine', 'rows_loss', 'SmallRun', 'what_it_should_know', 'knowledge',
-           'train_small_language_model', 'small_bench']
+           'SmallGPTJConfig', 'SmallRecallConfig', 'SmallT5Config', 'SmallBertConfig', 'SmallSubjectsConfig',
+           'SmallBaseConfig', 'Source', 'Lessons', 'question_lessons', 'question_facts', 'question_extras',
+           'claim_lessons', 'claim_facts', 'subject_lessons', 'subject_facts', 'subject_extras', 'ShuffledRows',
+           'by_length', 'encoded_rows', 'sentence_rows', 'subject_spans', 'SmallCurriculum', 'Architecture',
+           'small_config', 'small_model', 'wrapped', 'half_pays', 'warm_cosine', 'rows_loss', 'SmallRun',
+           'what_it_should_know', 'knowledge', 'train_small_language_model', 'small_bench']
 
 # %% ../nbs/13b_small_stand_in.ipynb #4f7c61ff
 import json
@@ -325,6 +325,26 @@ class SmallSubjectsConfig:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class SmallBaseConfig(SmallRecallConfig):
+    "The same at GPT-2's own depth and width, which takes a GPU; it knows more facts than their last tokens tell apart."
+
+    architecture: str = "gpt2-base"
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 16384
+    known: int = 20_000
+    trex: int = 40_000
+    bing: int = 8_000
+    steps: int = 2000
+    nq_rows: int = 96
+    known_rows: int = 512
+    corpus_rows: int = 24
+    learning_rate: float = 6e-4
+    edited: int = 6  # the last blocks whose second feed-forward layer is edited, as in the paper's GPT-2
+
+
 AnyConfig = SmallConfig | SmallBertConfig | SmallSubjectsConfig
 
 # %% ../nbs/13b_small_stand_in.ipynb #47b5ab14
@@ -348,13 +368,24 @@ class Lessons:
     subjects: dict[str, str | None] = field(default_factory=dict)  # prompt -> its subject, for `subject_mask`
 
 # %% ../nbs/13b_small_stand_in.ipynb #c071fdfa
+@lru_cache(maxsize=1)  # three functions ask for the same, and it takes seconds
+def _questions(data_dir: str | Path, config: SmallConfig) -> SmallTierData:
+    "Who learns what."
+    return small_tier_data(data_dir, config.seed, config.known, config.questions)
+
+
+@lru_cache(maxsize=1)
+def _sentences(data_dir: str | Path, config: SmallConfig) -> list[str]:
+    "What the model reads beside questions."
+    return corpus_sentences(data_dir, config.seed, config.trex, config.bing)
+
+
 def question_lessons(
     data_dir: str | Path,  # the folder with zsre/, entity_questions/, nq/ and corpus/
     config: SmallConfig,
 ) -> Lessons:
     "Questions and sentences, for a model that writes its answers. Raises as `small_tier_data`."
-    data = small_tier_data(data_dir, config.seed, config.known, config.questions)
-    sentences = corpus_sentences(data_dir, config.seed, config.trex, config.bing)
+    data, sentences = _questions(data_dir, config), _sentences(data_dir, config)
     asked = data.nq_train + [fact.pair for fact in data.known_facts]
     hidden = data.known_facts if isinstance(config, SmallRecallConfig) else []
     return Lessons(
@@ -376,7 +407,7 @@ def question_facts(
     config: SmallConfig,
 ) -> tuple[list[Fact], dict[str, list[Fact]]]:  # for the editor's training, and to edit
     "Facts that the model has not learned. Raises as `small_tier_data`."
-    data = small_tier_data(data_dir, config.seed, config.known, config.questions)
+    data = _questions(data_dir, config)
     return data.train_facts + data.zsre_train, {"zsre": data.zsre_eval, "entity_questions": data.eq_dev}
 
 # %% ../nbs/13b_small_stand_in.ipynb #5869f70f
@@ -385,9 +416,8 @@ def question_extras(
     config: SmallConfig,
 ) -> dict[str, list]:  # further fields of the bench
     "The facts that the model has learned, and all that it has read, for key statistics. Raises as `small_tier_data`."
-    data = small_tier_data(data_dir, config.seed, config.known, config.questions)
+    data, sentences = _questions(data_dir, config), _sentences(data_dir, config)
     asked = data.nq_train + [pair for fact in data.known_facts for pair in (fact.pair, *fact.equivalent_pairs)]
-    sentences = corpus_sentences(data_dir, config.seed, config.trex, config.bing)
     return {"known_facts": data.known_facts, "corpus": sentences + [f"{prompt} {answer}" for prompt, answer in asked]}
 
 # %% ../nbs/13b_small_stand_in.ipynb #a3a58fef
@@ -684,6 +714,7 @@ ARCHITECTURES = {
         SmallSubjectsConfig, _gpt2, GPT2LMHeadModel, subject_lessons, subject_facts, subject_extras
     ),
     "gpt2-recall": Architecture(SmallRecallConfig, _gpt2, GPT2LMHeadModel, *_QUESTIONS),
+    "gpt2-base": Architecture(SmallBaseConfig, _gpt2, GPT2LMHeadModel, *_QUESTIONS),
 }
 
 # %% ../nbs/13b_small_stand_in.ipynb #21014329
@@ -710,9 +741,12 @@ def wrapped(
     tokenizer: PreTrainedTokenizerFast,
     config: AnyConfig,  # the one it was made from
 ) -> LanguageModel:
-    "The model with the second feed-forward layers of all blocks but the first to edit; of one block, with its own."
-    patterns = feed_forward(model)
-    return LanguageModel(model, tokenizer, patterns if len(patterns) > 1 else patterns[0], max(1, config.layers - 1))
+    """The model with the second feed-forward layers of its last blocks to edit.
+
+    Of all blocks but the first, unless the configuration says how many; of one block, with its own.
+    """
+    patterns, last = feed_forward(model), getattr(config, "edited", max(1, config.layers - 1))
+    return LanguageModel(model, tokenizer, patterns if len(patterns) > 1 else patterns[0], last)
 
 # %% ../nbs/13b_small_stand_in.ipynb #19345a30
 def half_pays(
@@ -946,12 +980,13 @@ def train_small_language_model(
     Raises `FactFileError` or `FactRowError` for bad data, `StandInError` if the folder is another configuration's.
     """
     out, final, kind = Path(out_dir), Path(out_dir) / "final", ARCHITECTURES[config.architecture]
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if (out / "record.json").exists():
         _check_record(out / "record.json", config)
-        return kind.model.from_pretrained(final).eval().requires_grad_(False), AutoTokenizer.from_pretrained(final)
+        model = kind.model.from_pretrained(final).to(place).eval().requires_grad_(False)
+        return model, AutoTokenizer.from_pretrained(final)
     out.mkdir(parents=True, exist_ok=True)
     lessons = kind.lessons(data_dir, config)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer, half = _tokenizer(out, lessons.texts, config), half_pays(place)
     lm = wrapped(small_model(config, tokenizer).to(place), tokenizer, config)
     curriculum, run = SmallCurriculum(lessons, lm, config), SmallRun(out / "checkpoint.pt", lm, config)
