@@ -10,6 +10,7 @@ __all__ = ['OTHERS', 'MAIN_EXAMPLES', 'REPRODUCE_EXAMPLES', 'TRAIN_EXAMPLES', 'E
 
 # %% ../nbs/17_command_line.ipynb #c5f66cdd
 import argparse
+import difflib
 import json
 import os
 import re
@@ -28,9 +29,12 @@ class UsageError(MalmenError, ValueError):
 
 # %% ../nbs/17_command_line.ipynb #62f4cc83
 def reproduce(
-    args: argparse.Namespace,  # experiments, tier, data, out, seeds, ms, full, fresh, quiet
+    args: argparse.Namespace,  # experiments, tier, data, out, seeds, ms, methods, full, fresh, quiet
 ) -> None:
-    "Run experiments, going on where their records end; tables to the terminal, figures to <out>/figures."
+    """Run experiments, going on where their records end; tables to the terminal, figures to <out>/figures.
+
+    Raises `UnknownExperimentError`, `UsageError` for a method that none of them has, and as `run_cells`.
+    """
     from malmen_repro.benches import bench_loader, check_tier
     from malmen_repro.experiments import EXPERIMENTS, CellError, cells_of, run_cells
 
@@ -42,13 +46,16 @@ def reproduce(
     cells = {
         name: cells_of(name, args.tier, args.seeds, args.ms, args.full) for name in names if name not in OTHERS
     }
+    if args.methods:
+        cells = _with_methods(cells, args.methods)
+        names = [name for name in names if name in cells]
     for family in dict.fromkeys(cell.family for asked in cells.values() for cell in asked):
         check_tier(args.tier, args.data, family)
     for name, asked in cells.items():
         print(f"{name}, {args.tier} tier: {len(asked)} cells, records in {args.out / args.tier / name}", flush=True)
     bench_for = bench_loader(args.data, args.out / "models", progress=not args.quiet)
     failure, start, paths = None, time.perf_counter(), [args.out / cell.path for cell in sum(cells.values(), [])]
-    anew = names == every and (args.fresh or not any(path.exists() for path in paths))
+    anew = names == every and not args.methods and (args.fresh or not any(path.exists() for path in paths))
     try:
         run_cells(sum(cells.values(), []), args.out, bench_for, fresh=args.fresh, progress=not args.quiet)
     except CellError as error:  # what is done is worth showing all the same
@@ -61,6 +68,17 @@ def reproduce(
         raise failure
     if anew:
         _note_time(args, len(paths), time.perf_counter() - start)
+
+
+def _with_methods(cells: dict[str, list], methods: list[str]) -> dict[str, list]:
+    "The cells of some methods, and no experiment without any. Raises `UsageError` with near misses."
+    there = list(dict.fromkeys(cell.method for asked in cells.values() for cell in asked))
+    for method in methods:
+        if method not in there:
+            near = difflib.get_close_matches(method, there, n=3, cutoff=0.4) or there
+            raise UsageError(f"there are no cells of a method {method!r} here; there are: {', '.join(near)}")
+    chosen = {name: [cell for cell in asked if cell.method in methods] for name, asked in cells.items()}
+    return {name: asked for name, asked in chosen.items() if asked}
 
 
 def _note_time(args: argparse.Namespace, cells: int, seconds: float) -> None:
@@ -461,6 +479,7 @@ def _reproduce_options(parser: argparse.ArgumentParser) -> None:
     _out_option(parser)
     add("--seeds", type=positive, metavar="N", help="how many seeds (default: the experiment's)")
     add("--ms", type=positive, nargs="+", metavar="M", help="numbers of facts (default: the experiment's)")
+    add("--methods", nargs="+", metavar="NAME", help="some methods only, to share the work among processes")
     add("--full", action="store_true", help="the size of the committed records: more seeds, more numbers of facts")
     add("--fresh", action="store_true", help="run all cells anew and overwrite their records")
 

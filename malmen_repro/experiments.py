@@ -251,8 +251,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "GPT-J", "Fig. 7", "gptj", {"zsre": tuple(2**k for k in range(5, 15))}, SMALL_QUESTIONS
     ),
     "scaling_base": Experiment(
-        "Scaling with the number of facts, a decoder as deep and wide as GPT-2", "Fig. 5, MEMIT Table 1", "base",
-        "ES, GS and LS against the number of facts edited at once, every editor, on real questions.",
+        "Scaling with the number of facts, a decoder as deep and wide as GPT-2", "notebook 21", "base",
+        "ES, GS and LS against the number of facts edited at once, every editor, on real questions. It takes a GPU.",
         {"small": BASE_QUESTIONS},
     ),
     "cancellation": Experiment(

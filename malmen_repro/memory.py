@@ -179,7 +179,7 @@ MEMORY_SETTINGS: dict[str, MemorySetting] = {
         prompt_tokens=13,
         answer_tokens=3,
         rank=1920,
-        num_facts=tuple(2**k for k in range(5, 14)),
+        num_facts=tuple(2**k for k in range(5, 13)),
     ),
 }
 

@@ -119,7 +119,7 @@ def test_data_defaults_to_the_environment(monkeypatch):
 def test_defaults():
     args = cli.parser().parse_args(["reproduce"])
     assert (args.tier, args.out, args.experiments, args.fresh) == ("tiny", Path("runs"), [], False)
-    assert args.seeds is args.ms is None
+    assert args.seeds is args.ms is args.methods is None
 
 
 def test_train_defaults_are_the_papers():
@@ -422,6 +422,18 @@ def test_reproduce_all_by_default_and_in_the_default_folder(toy_tier, capsys, mo
     assert call("reproduce --seeds 1 --ms 2 --quiet") == 0
     assert call(f"reproduce {next(iter(experiments.EXPERIMENTS))} --seeds 1 --ms 2 --quiet --out other") == 0
     assert not list(Path().glob("*/tiny/reproduce.json"))
+
+
+def test_reproduce_some_methods(toy_tier, capsys, monkeypatch):
+    line = "reproduce scaling_decoder memory --seeds 1 --ms 2 --quiet"
+    monkeypatch.setitem(cli.OTHERS, "memory", ("Fig. 9", ("tiny",), lambda args: pytest.fail("it has no methods")))
+    assert cli.main([*line.split(), "--methods", "MEND", "MALMEN untrained"]) == 0
+    made = {path.name for path in Path("runs/tiny").glob("*/*.json")}
+    assert made == {"world-mend-m2-s0.json", "world-malmen_untrained-m2-s0.json"}
+    assert "there are no cells of a method 'MENT' here; there are: MEND" in fails(capsys, f"{line} --methods MENT")
+    monkeypatch.setattr(experiments, "EXPERIMENTS", dict(list(EXPERIMENTS.items())[:2]))
+    assert cli.main(["reproduce", "--seeds", "1", "--ms", "2", "--quiet", "--out", "all", "--methods", "MEND"]) == 0
+    assert not Path("all/tiny/reproduce.json").exists()  # it is no run of everything
 
 
 def test_reproduce_shows_progress(toy_tier, capsys):
