@@ -502,18 +502,21 @@ def _memory_title(records: Sequence[Mapping[str, Any]]) -> str:
 def memory_table(
     records: Sequence[Mapping[str, Any]],  # of one tier
 ) -> str:  # markdown
-    "A row for each m: peak of the tensors, growth of the process and seconds, of both procedures."
+    "A row for each m: peak of the tensors, growth of the accelerator's memory, or the process's, and seconds."
     from malmen_repro.figures import markdown_table
 
     rows: dict[int, dict[str, list[str]]] = {}
     for record in records:
         cell, held = record["configuration"]["cell"], record["memory_bytes"]
         peak = f"{held['peak'] / 2**20:,.0f}" if record["extra"]["fits"] else "stopped"
-        grown = held.get("resident_peak", 0) - held.get("resident_before", 0)
+        if "accelerator_peak" in held:
+            grown = held["accelerator_peak"] - sum(held["start"].values())
+        else:
+            grown = held.get("resident_peak", 0) - held.get("resident_before", 0)
         seconds = record["seconds"].get("meta_gradient", 0)
         texts = [peak, f"{grown / 2**20:,.0f}" if grown else "–", f"{seconds:.1f}"]
         rows.setdefault(cell["num_facts"], {})[cell["procedure"]] = texts
-    header = ["m", *(f"{name}: {what}" for name in PROCEDURES for what in ("tensors, MiB", "process, MiB", "s"))]
+    header = ["m", *(f"{name}: {what}" for name in PROCEDURES for what in ("tensors, MiB", "grown by, MiB", "s"))]
     body = [[m, *(text for name in PROCEDURES for text in row.get(name, ["–"] * 3))] for m, row in sorted(rows.items())]
     return markdown_table(header, body)
 

@@ -13,6 +13,7 @@ from malmen_repro.records import RecordError, committed_records, read_record, wr
 from malmen_repro.verdicts import (
     BELOW_PAPER,
     STATEMENTS,
+    UNSCORED,
     Finding,
     Statement,
     average,
@@ -601,10 +602,22 @@ def test_verdict_grid_has_a_column_a_tier_and_leaves_out_what_was_not_run(monkey
     assert rows_of(verdict_grid(["Fig. 6"], directory=folder)) == []
 
 
+def test_an_experiment_without_scores_speaks_of_the_papers_shapes(monkeypatch):
+    statement = Statement("Fig. 9", "memory grows", "5.2", "a slope", "memory", lambda records: Finding("1", "below"))
+    monkeypatch.setattr(verdicts, "STATEMENTS", (statement,))
+    monkeypatch.setattr(Statement, "finding", lambda self, tier, folder: Finding(tier, "reproduced"))
+    grid = rows_of(verdict_grid(["Fig. 9"]))
+    assert grid == [["Fig. 9", "memory grows", "**reproduced**: tiny", "**reproduced** at the paper's shapes: shapes"]]
+    assert [row[3] for row in rows_of(verdict_table(["Fig. 9"], ("tiny", "small")))] == ["tiny", "small", "shapes"]
+
+
 def test_verdict_table_of_nothing_has_a_row_a_statement(tmp_path):
     items = list(dict.fromkeys(statement.item for statement in STATEMENTS))
     rows = rows_of(verdict_table(items, directory=tmp_path))
-    assert len(rows) == len(STATEMENTS) and {(*row[3:],) for row in rows} == {("tiny, small, paper", "–", "not run")}
+    assert len(rows) == len(STATEMENTS)
+    for statement, row in zip(STATEMENTS, rows, strict=True):
+        shapes = ", shapes" if statement.experiment in UNSCORED else ""
+        assert row[3:] == [f"tiny, small, paper{shapes}", "–", "not run"]
 
 
 @pytest.mark.parametrize("statement", STATEMENTS, ids=name_of)
