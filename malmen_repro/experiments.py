@@ -81,6 +81,7 @@ class Method:
     training: dict[str, Any] = field(default_factory=dict)  # fields of TrainingConfig
     layers: str = "second"  # of each feed-forward network: what `feed_forward` takes
     trained: bool = True  # by Algorithm 2
+    trained_as: str = ""  # another method, whose training is the same and whose trained editor serves
     ready: str = ""  # the key of `READY` whose editor it is; its `changes` may reach into settings within settings
     may_fail: bool = False  # a breakdown is a result, and goes into the record
 
@@ -107,7 +108,7 @@ METHODS: dict[str, Method] = {  # the order in tables and legends
     **{f"CoachHooK, alpha from {x}": _ready("CoachHooK", alpha=float(x)) for x in (1, 3, 4)},
     "CoachHooK, alpha fixed at 3": _ready("CoachHooK", alpha=3.0, dynamic=False),
     **{f"CoachHooK, lambda {x:,}": _ready("CoachHooK", memit={"regularization": float(x)}) for x in LAMBDAS},
-    "MALMEN, accumulated": Method(RememberingMALMEN),
+    "MALMEN, accumulated": Method(RememberingMALMEN, trained_as="MALMEN"),
     "MALMEN, no regularisation": Method(changes={"regularization": 0.0}, may_fail=True),
     "MALMEN, first layer": Method(layers="first"),
     "MALMEN, all tokens": Method(changes={"tokens": "all"}),
@@ -330,7 +331,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Facts of one relation, of another one, and of both in equal parts.",
         {
             "tiny": Plan(
-                dict.fromkeys(MIXED, (16,)), 1, ("MEMIT", "MALMEN"), (32,), dict.fromkeys(MIXED, (4, 16, 64))
+                dict.fromkeys(MIXED, (16,)), 1, ("MEMIT", "MALMEN", "MALMEN untrained"),
+                (32,), dict.fromkeys(MIXED, (4, 16, 64)),
             ),
             "small": Plan(dict.fromkeys(MIXED, (16, 64)), 1, ("MEMIT",), full_seeds=1),
         },
@@ -543,17 +545,19 @@ def trained_editor(
     done: set[str] | None = None,  # in a fresh run: the editors made anew so far; those not in it are not trusted
 ) -> tuple[Editor, dict[str, Any]]:  # the editor, and the story of its training
     "The editor of a cell: from the run's folder if it is there, else trained, from its checkpoint on if there is one."
-    parts = [cell.method, settings["editor"], settings["training"], found["language_model"], found["train_facts"]]
+    kind, method = METHODS[cell.method].editor, METHODS[cell.method].trained_as or cell.method
+    parts = [method, settings["editor"], settings["training"], found["language_model"], found["train_facts"]]
     key = sha256(parts)[:16]
-    directory = out_dir / "editors" / f"{cell.tier}-{slug(cell.method)}-m{cell.train_num_facts}-s{cell.seed}-{key}"
+    directory = out_dir / "editors" / f"{cell.tier}-{slug(method)}-m{cell.train_num_facts}-s{cell.seed}-{key}"
     checkpoint = out_dir / "checkpoints" / f"{directory.name}.pt"
     if done is not None and key not in done:
         shutil.rmtree(directory, ignore_errors=True)
         checkpoint.unlink(missing_ok=True)
         done.add(key)
     if (directory / "training.json").exists():
-        return Editor.from_pretrained(directory, lm), json.loads((directory / "training.json").read_text())
-    editor = METHODS[cell.method].editor(lm, EditorConfig(**settings["editor"]))
+        editor, story = Editor.from_pretrained(directory, lm), json.loads((directory / "training.json").read_text())
+        return _of_kind(kind, editor), story
+    editor = METHODS[method].editor(lm, EditorConfig(**settings["editor"]))
     story = _train(cell, editor, train_facts, TrainingConfig(**settings["training"]), checkpoint, progress)
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -561,7 +565,16 @@ def trained_editor(
     (part / "training.json").write_text(json.dumps(story) + "\n")
     part.replace(directory)
     checkpoint.unlink(missing_ok=True)
-    return editor, story
+    return _of_kind(kind, editor), story
+
+
+def _of_kind(kind: type[Editor], editor: Editor) -> Editor:
+    "The editor, or one of that class with its networks."
+    if type(editor) is kind:
+        return editor
+    other = kind(editor.lm, editor.config)
+    other.networks = editor.networks
+    return other
 
 
 OBSERVED = 1024  # training facts that give an untrained editor's normalisers their statistics

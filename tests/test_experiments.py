@@ -625,7 +625,10 @@ def test_settings_within_settings_are_altered_in_part():
     assert changed.memit.target.learning_rate == TARGET.learning_rate and config.memit == MEMIT_TOY
 
 
-@pytest.mark.parametrize("method", ["MALMEN", "MALMEN, first layer", "MALMEN, all tokens", next(iter(VARIANTS))])
+SOME_TRAINED = ["MALMEN", "MALMEN, accumulated", "MALMEN, first layer", "MALMEN, all tokens"]
+
+
+@pytest.mark.parametrize("method", [*SOME_TRAINED, next(iter(VARIANTS))])
 def test_an_editor_read_again_is_the_editor_that_was_trained(method, tmp_path, monkeypatch):
     (straight,) = run_method(method, tmp_path)
     (tmp_path / cell(method).path).unlink()
@@ -638,6 +641,20 @@ def test_an_editor_read_again_is_the_editor_that_was_trained(method, tmp_path, m
     editor, story = editor_of(one, bench, settings, fingerprints(bench), tmp_path, False)
     assert type(editor) is METHODS[method].editor and story["history"] == straight["history"]
     assert editor.config == EditorConfig(**settings["editor"])
+
+
+@pytest.mark.parametrize("order", [("MALMEN", "MALMEN, accumulated"), ("MALMEN, accumulated", "MALMEN")])
+def test_methods_of_one_training_share_an_editor(order, tmp_path, monkeypatch):
+    trained, real = [], experiments._train
+    monkeypatch.setattr(experiments, "_train", lambda *args: trained.append(1) or real(*args))
+    first, second = (run_method(method, tmp_path)[0] for method in order)
+    assert len(trained) == 1 and first["learned"] == second["learned"]
+    assert first["per_fact"] == second["per_fact"]  # of a single batch both say the same
+    for method in METHODS.values():
+        if method.trained_as:
+            other = METHODS[method.trained_as]
+            same = other.trained and other.changes == method.changes and other.training == method.training
+            assert same and issubclass(method.editor, other.editor) and other.layers == method.layers
 
 
 @pytest.mark.parametrize("method", [name for name in READY if name != "FT"])
