@@ -331,8 +331,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Facts of one relation, of another one, and of both in equal parts.",
         {
             "tiny": Plan(
-                dict.fromkeys(MIXED, (16,)), 1, ("MEMIT", "MALMEN", "MALMEN untrained"),
-                (32,), dict.fromkeys(MIXED, (4, 16, 64)),
+                dict.fromkeys(MIXED, (16,)), 1, ("MEMIT", "MALMEN"), (32,), dict.fromkeys(MIXED, (4, 16, 64)),
+                full_methods=("MEMIT", "MALMEN", "MALMEN untrained"),
             ),
             "small": Plan(dict.fromkeys(MIXED, (16, 64)), 1, ("MEMIT",), full_seeds=1),
         },
