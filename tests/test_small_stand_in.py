@@ -11,10 +11,12 @@ import torch
 
 from malmen_repro.facts import LABELS, Fact, FactError, FactFileError, check_facts, other_label
 from malmen_repro.language_models import EncodedPair
+from malmen_repro.paper_models import PAPER_MODELS
 from malmen_repro.small_stand_in import (
     ARCHITECTURES,
     FRAMES,
     ShuffledRows,
+    SmallBaseConfig,
     SmallBertConfig,
     SmallConfig,
     SmallCurriculum,
@@ -65,6 +67,7 @@ CONFIGS = {
     "bert": SmallBertConfig(**SIZES, inner=64, evaluation=8, train=12, pararel_rows=8, fever_rows=8),
     "gpt2-subjects": SmallSubjectsConfig(**SIZES, known_rows=12, corpus_rows=4),
     "gpt2-recall": SmallRecallConfig(**SIZES, **ROWS),
+    "gpt2-base": SmallBaseConfig(**SIZES | {"layers": 3}, **ROWS, edited=2),
 }
 EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -330,8 +333,16 @@ def test_the_first_stand_in_is_the_one_that_records_stand_on():
     assert digest(asdict(SmallConfig())) == "6ad4e578395c" and small_config("gpt2") == SmallConfig()
 
 
+def test_a_configuration_may_say_how_many_blocks_are_edited():
+    lm = fresh(byte_pair_tokenizer(["a b c"], 300), CONFIGS["gpt2-base"])
+    assert list(lm.layers) == ["transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"]
+    gpt2, base = PAPER_MODELS["GPT-2"], SmallBaseConfig()
+    assert (base.layers, base.width, base.heads) == tuple(gpt2.sizes[name] for name in ("n_layer", "n_embd", "n_head"))
+    assert base.edited == gpt2.last
+
+
 def test_an_architecture_that_is_not_there():
-    with pytest.raises(StandInError, match="gpt2, gptj, t5, bert, gpt2-subjects, gpt2-recall"):
+    with pytest.raises(StandInError, match="gpt2, gptj, t5, bert, gpt2-subjects, gpt2-recall, gpt2-base"):
         small_config("gpt3")
     with pytest.raises(StandInError, match="gpt3"):
         small_bench("nowhere", architecture="gpt3")
