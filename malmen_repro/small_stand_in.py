@@ -327,7 +327,7 @@ class SmallSubjectsConfig:
 
 @dataclass(frozen=True)
 class SmallBaseConfig(SmallRecallConfig):
-    "The same at GPT-2's own depth and width, which takes a GPU; it knows more facts than their last tokens tell apart."
+    "The same at GPT-2's own depth and width, with thirteen times as many facts to know, which takes a GPU."
 
     architecture: str = "gpt2-base"
     layers: int = 12
@@ -375,7 +375,7 @@ def _questions(data_dir: str | Path, config: SmallConfig) -> SmallTierData:
 
 
 @lru_cache(maxsize=1)
-def _sentences(data_dir: str | Path, config: SmallConfig) -> list[str]:
+def _sentences(data_dir: str | Path, config: SmallConfig | SmallSubjectsConfig) -> list[str]:
     "What the model reads beside questions."
     return corpus_sentences(data_dir, config.seed, config.trex, config.bing)
 
@@ -478,7 +478,7 @@ def claim_facts(
 @lru_cache(maxsize=1)  # three functions ask for the same, and it takes seconds
 def _counterfacts(data_dir: str | Path, config: SmallSubjectsConfig) -> tuple[CounterfactData, list[str]]:
     "CounterFact's parts, and sentences."
-    sentences = corpus_sentences(data_dir, config.seed, config.trex, config.bing)
+    sentences = _sentences(data_dir, config)
     return counterfact_data(data_dir, config.seed, config.train, config.neighbours, sentences), sentences
 
 
