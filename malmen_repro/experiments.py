@@ -190,7 +190,7 @@ class Experiment:
 # %% ../nbs/15_experiments.ipynb #6facda22
 def _scaling(title: str, figure: str, family: str, paper: dict, small: Plan | None = None) -> Experiment:
     "One of Figs. 4 to 7."
-    few, many = (16, 64), (16, 64, 256) if family == "gptj" else (16, 64, 256, 1024)
+    few, many = (16, 64), (16, 64, 256, 1024)
     data_set = "claims" if family == "classifier" else "world"
     methods = (*MAIN_METHODS, "MEMIT") if family in ("decoder", "gptj") else MAIN_METHODS  # MEMIT edits decoders
     plans = {"tiny": Plan({data_set: few}, 1, methods, full_num_facts={data_set: many})}
