@@ -128,7 +128,7 @@ SMALL_MEMIT_METHODS = (*(name for name in MEMIT_METHODS if name != "MEMIT, lambd
 FEW_MEMIT_METHODS = ("MEMIT", "MEMIT, first two blocks", "MEMIT, lambda 10", "MEMIT, lambda 10,000")
 FEW_HOOK_METHODS = ("MEMIT", "CoachHooK", "CoachHooK, no hooks", "CoachHooK, no memory", "CoachHooK, lambda 10,000")
 FEW_TABLE_METHODS = ("FT-M", "MEMIT", "CoachHooK", "MALMEN", "MALMEN, accumulated")
-SMALL_METHODS = (*MAIN_METHODS, "FT-W", "FT-M", "LoRA", "MEMIT", "CoachHooK")  # ROME takes a search for each fact
+SMALL_METHODS = (*MAIN_METHODS, "FT-W", "FT-M", "LoRA", "MEMIT", "CoachHooK")
 CONSECUTIVE_METHODS = ("MALMEN", "MALMEN, accumulated", "MEND", "MALMEN untrained", "MEMIT", "CoachHooK")
 ALL_METHODS = ("MALMEN", "MEND", "FT", "MALMEN untrained", *(name for name in READY if name != "FT"))
 
@@ -313,7 +313,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "New objects against true ones that the model knows: MEMIT's own measures, against the number of facts.",
         {
             "tiny": Plan({"counterfact": (32,)}, 1, CASE_METHODS, (32, 100), {"counterfact": (10, 32, 100, 316)}),
-            "small": Plan({"counterfact": (64, 256, 804)}, 1, SMALL_METHODS, (256,), full_seeds=1),
+            "small": Plan({"counterfact": (10, 32, 100, 316, 804)}, 1, (*SMALL_METHODS, "ROME"), (256,), full_seeds=1),
         },
         extras=("counterfact",), setting="counterfacts", shown_as="cases",
     ),
