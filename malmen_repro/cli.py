@@ -10,7 +10,6 @@ __all__ = ['OTHERS', 'MAIN_EXAMPLES', 'REPRODUCE_EXAMPLES', 'TRAIN_EXAMPLES', 'E
 
 # %% ../nbs/17_command_line.ipynb #c5f66cdd
 import argparse
-import difflib
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .facts import Fact, MalmenError, check_facts, load_facts, pair_unrelated
+from .facts import Fact, MalmenError, check_facts, load_facts, near_misses, pair_unrelated
 
 # %% ../nbs/17_command_line.ipynb #c208a0cf
 class UsageError(MalmenError, ValueError):
@@ -75,8 +74,7 @@ def _with_methods(cells: dict[str, list], methods: list[str]) -> dict[str, list]
     there = list(dict.fromkeys(cell.method for asked in cells.values() for cell in asked))
     for method in methods:
         if method not in there:
-            near = difflib.get_close_matches(method, there, n=3, cutoff=0.4) or there
-            raise UsageError(f"there are no cells of a method {method!r} here; there are: {', '.join(near)}")
+            raise UsageError(f"there are no cells of a method {method!r} here; {near_misses(method, there)}")
     chosen = {name: [cell for cell in asked if cell.method in methods] for name, asked in cells.items()}
     return {name: asked for name, asked in chosen.items() if asked}
 

@@ -13,7 +13,6 @@ __all__ = ['LAMBDAS', 'METHODS', 'MAIN_METHODS', 'TABLE_METHODS', 'HOOK_METHODS'
            'run_cell', 'edited_in_batches', 'scores_of', 'learned', 'run_cells', 'changed', 'check_same_bench']
 
 # %% ../nbs/15_experiments.ipynb #0d6b1775
-import difflib
 import json
 import math
 import random
@@ -36,7 +35,7 @@ from .consecutive import RememberingMALMEN, consecutive
 from .editors import MALMEN, MEND, Editor, EditorConfig
 from .evaluation import Scores, evaluate
 from .extra_measures import EXTRAS
-from .facts import Fact, MalmenError
+from .facts import Fact, MalmenError, near_misses
 from .language_models import LanguageModel, feed_forward
 from .normal_equation import SingularGramError
 from .ready_editors import READY, fitted, ready_editor, ready_settings, seconds_to_make
@@ -372,9 +371,7 @@ def find_experiment(
 ) -> Experiment:
     "Look an experiment up. Raises `UnknownExperimentError` with near misses."
     if name not in EXPERIMENTS:
-        near = difflib.get_close_matches(name, EXPERIMENTS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(EXPERIMENTS)}"
-        raise UnknownExperimentError(f"there is no experiment {name!r}; {hint}")
+        raise UnknownExperimentError(f"there is no experiment {name!r}; {near_misses(name, EXPERIMENTS)}")
     return EXPERIMENTS[name]
 
 

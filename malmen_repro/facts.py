@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Pair', 'NQ_PREFIX', 'LABELS', 'ENTITY_QUESTION_TEMPLATES', 'HELD_OUT', 'TRAINING_TEMPLATES', 'HELD_OUT_TEMPLATES',
-           'MalmenError', 'FactError', 'FactFileError', 'FactRowError', 'NoFactsError', 'ConflictingFactsError',
-           'TemplateError', 'FactWarning', 'Fact', 'other_label', 'load_facts', 'save_facts', 'flipped', 'check_facts',
-           'drop_conflicts', 'drop_repeats', 'pair_unrelated', 'add_rephrases', 'split_facts']
+           'MalmenError', 'near_misses', 'FactError', 'FactFileError', 'FactRowError', 'NoFactsError',
+           'ConflictingFactsError', 'TemplateError', 'FactWarning', 'Fact', 'other_label', 'load_facts', 'save_facts',
+           'flipped', 'check_facts', 'drop_conflicts', 'drop_repeats', 'pair_unrelated', 'add_rephrases', 'split_facts']
 
 # %% ../nbs/00_facts.ipynb #d84b74b9
+import difflib
 import gzip
 import json
 import lzma
@@ -17,7 +18,7 @@ import random
 import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -25,6 +26,16 @@ from typing import Any, Literal, TypeAlias
 # %% ../nbs/00_facts.ipynb #1058c627
 class MalmenError(Exception):
     "The root of every error that this package raises on purpose."
+
+
+def near_misses(
+    name: str,  # which is none of `known`
+    known: Iterable[str],
+) -> str:  # to end a message with
+    "What somebody may have meant who asked for an unknown name: the nearest three, or all if nothing is near."
+    folded = {one.lower(): one for one in known}
+    near = [folded[one] for one in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)]
+    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(folded.values())}"
 
 
 class FactError(MalmenError, ValueError):

@@ -13,7 +13,6 @@ __all__ = ['FEVER_LABELS', 'GPT2_SIZES', 'BERT_SIZES', 'T5_XL_SIZES', 'GPTJ_SIZE
            'run_memory', 'run_disk', 'needs_table']
 
 # %% ../nbs/13c_paper_models.ipynb #6dd4ca5b
-import difflib
 import json
 import math
 import re
@@ -40,7 +39,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from .editors import EditorConfig, LayerNetworks
-from .facts import MalmenError
+from .facts import MalmenError, near_misses
 from .fine_tuning import FineTuningConfig, fine_tuned_layers
 from .language_models import LanguageModel, family_of, feed_forward, match_layers, weight_view
 from .training import TrainingConfig
@@ -129,10 +128,7 @@ def find_model(
 ) -> PaperModel:
     "Look a model of the paper up. Raises `PaperModelError` with near misses."
     if name not in PAPER_MODELS:
-        folded = {key.lower(): key for key in PAPER_MODELS}
-        near = [folded[key] for key in difflib.get_close_matches(name.lower(), folded, n=2, cutoff=0.5)]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(PAPER_MODELS)}"
-        raise PaperModelError(f"the paper has no language model {name!r}; {hint}")
+        raise PaperModelError(f"the paper has no language model {name!r}; {near_misses(name, PAPER_MODELS)}")
     return PAPER_MODELS[name]
 
 # %% ../nbs/13c_paper_models.ipynb #fe65e578

@@ -9,7 +9,6 @@ __all__ = ['UNTUNED', 'SHARED_RATE', 'VARIANTS', 'UnbiasedMoments', 'in_chunks',
            'OuterScaleBlock', 'OuterScale', 'VariantError', 'Variant', 'varied']
 
 # %% ../nbs/29b_released_code.ipynb #71da24a3
-import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .editors import EDITORS, MALMEN, EditorConfig, LeastSquares
-from .facts import MalmenError, check_facts
+from .facts import MalmenError, check_facts, near_misses
 from .hypernetwork import LowRankBlock, RunningMoments
 from .keys_and_gradients import KeysAndGradients, capture
 from .language_models import LanguageModel, weight_view
@@ -339,7 +338,6 @@ def varied(
 ) -> tuple[type[MALMEN], EditorConfig, TrainingConfig]:
     "The class and the configurations of a variant. Raises `VariantError` with near misses."
     if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)
-        raise VariantError(f"there is no variant {name!r}; there are: {', '.join(near or VARIANTS)}")
+        raise VariantError(f"there is no variant {name!r}; {near_misses(name, VARIANTS)}")
     kind, ours, theirs = VARIANTS[name]
     return kind, replace(editor, **ours), replace(training, **theirs)

@@ -430,7 +430,7 @@ def test_reproduce_some_methods(toy_tier, capsys, monkeypatch):
     assert cli.main([*line.split(), "--methods", "MEND", "MALMEN untrained"]) == 0
     made = {path.name for path in Path("runs/tiny").glob("*/*.json")}
     assert made == {"world-mend-m2-s0.json", "world-malmen_untrained-m2-s0.json"}
-    assert "there are no cells of a method 'MENT' here; there are: MEND" in fails(capsys, f"{line} --methods MENT")
+    assert "there are no cells of a method 'MENT' here; did you mean MEND" in fails(capsys, f"{line} --methods MENT")
     monkeypatch.setattr(experiments, "EXPERIMENTS", dict(list(EXPERIMENTS.items())[:2]))
     assert cli.main(["reproduce", "--seeds", "1", "--ms", "2", "--quiet", "--out", "all", "--methods", "MEND"]) == 0
     assert not Path("all/tiny/reproduce.json").exists()  # it is no run of everything

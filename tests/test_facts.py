@@ -35,6 +35,7 @@ from malmen_repro.facts import (
     drop_repeats,
     flipped,
     load_facts,
+    near_misses,
     other_label,
     pair_unrelated,
     save_facts,
@@ -230,6 +231,20 @@ def lines(*rows):
 
 
 # --- a fact -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("MEMTI", "did you mean MEMIT?"),
+        ("memit", "did you mean MEMIT?"),  # whatever its case
+        ("FT-X", "did you mean FT-W or FT-L?"),
+        ("zzz", "there are: MEMIT, FT-L, FT-W"),  # nothing is near: all, as they come
+        ("", "there are: MEMIT, FT-L, FT-W"),
+    ],
+)
+def test_near_misses(name, said):
+    assert near_misses(name, iter(["MEMIT", "FT-L", "FT-W"])) == said
 
 
 def test_pairs():
