@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAMBDAS', 'METHODS', 'MAIN_METHODS', 'TABLE_METHODS', 'HOOK_METHODS', 'CASE_METHODS', 'NO_PREFIXES', 'MEMIT_METHODS',
            'SMALL_MEMIT_METHODS', 'FEW_MEMIT_METHODS', 'FEW_HOOK_METHODS', 'FEW_TABLE_METHODS', 'SMALL_METHODS',
-           'CONSECUTIVE_METHODS', 'ALL_METHODS', 'SMALL_KNOWN', 'SMALL_QUESTIONS', 'SMALL_CONSTANT', 'BASE_QUESTIONS',
+           'CONSECUTIVE_METHODS', 'ALL_METHODS', 'SMALL_KNOWN', 'SMALL_QUESTIONS', 'SMALL_STACKS', 'BASE_QUESTIONS',
            'SMALL_CLAIMS', 'MIXED', 'SMALL_ABLATION', 'EXPERIMENTS', 'SETTINGS', 'SCHEMA', 'SettingsOf', 'OBSERVED',
            'ExperimentError', 'UnknownExperimentError', 'CellError', 'Method', 'Cell', 'slug', 'Plan', 'Experiment',
            'find_experiment', 'cells_of', 'trained_for', 'at', 'training_settings', 'EvaluationConfig', 'altered',
@@ -231,7 +231,7 @@ SMALL_KNOWN = {"entity_questions": (5, 25)}
 SMALL_QUESTIONS = Plan(
     {"zsre": (16, 64, 256, 1037), "entity_questions": (16, 64, 256, 1024, 4096)}, seeds=1, trained_at=(512,)
 )
-SMALL_CONSTANT = replace(SMALL_QUESTIONS, trained_at=(64,))  # blocks that grow break the training, notebook 22
+SMALL_STACKS = replace(SMALL_QUESTIONS, trained_at=(64,))  # blocks that grow break its training, notebook 22
 BASE_QUESTIONS = replace(SMALL_QUESTIONS, methods=SMALL_METHODS, trained_at=(64, 512))
 SMALL_CLAIMS = Plan({"pararel": (16, 64, 256, 1024)}, seeds=1, trained_at=(256,))
 MIXED = ("first relation", "second relation", "both relations")
@@ -242,10 +242,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         "classifier", "Fig. 4", "classifier", {"fever": tuple(2**k for k in range(4, 13))}, SMALL_CLAIMS
     ),
     "scaling_decoder": _scaling(
-        "decoder", "Fig. 5", "decoder", {"zsre": tuple(2**k for k in range(6, 13))}, SMALL_CONSTANT
+        "decoder", "Fig. 5", "decoder", {"zsre": tuple(2**k for k in range(6, 13))}, SMALL_QUESTIONS
     ),
     "scaling_encoder_decoder": _scaling(
-        "encoder-decoder", "Fig. 6", "encoder-decoder", {"zsre": tuple(2**k for k in range(8, 15))}, SMALL_CONSTANT
+        "encoder-decoder", "Fig. 6", "encoder-decoder", {"zsre": tuple(2**k for k in range(8, 15))}, SMALL_STACKS
     ),
     "scaling_gptj": _scaling(
         "GPT-J", "Fig. 7", "gptj", {"zsre": tuple(2**k for k in range(5, 15))}, SMALL_QUESTIONS
