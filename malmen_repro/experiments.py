@@ -352,7 +352,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         extras=("hooks",), batch=10,
     ),
     "coachhook_ablations": Experiment(
-        "CoachHooK with one thing changed", "CoachHooK, Figs. 4 to 6 and 11", "subjects",
+        "CoachHooK with one thing changed", "CoachHooK, Figs. 4, 5 and 11", "subjects",
         "Batches of ten with no rolling back, by CoachHooK with one part left out or one setting changed.",
         {
             "tiny": Plan(
