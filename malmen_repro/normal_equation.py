@@ -386,6 +386,20 @@ class StreamingNormalEquation(_TokenSums):
 
     __iadd__ = merge
 
+    @classmethod
+    def from_sums(
+        cls,
+        gram: Float[Tensor, "key_size key_size"],  # KᵀK, float64
+        cross: Float[Tensor, "key_size value_size"],  # KᵀD, float64
+        tokens: int,  # n that are in them
+        *,
+        layer: str | None = None,  # named in errors
+    ) -> StreamingNormalEquation:
+        "Go on from the two sums of an earlier stream."
+        found = cls(*cross.shape, layer=layer)
+        found.tokens, found._sums = tokens, (gram, cross)
+        return found
+
     def solve(
         self,
         regularization: Regularization,  # λ ≥ 0

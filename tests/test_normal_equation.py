@@ -485,6 +485,15 @@ class TestStreaming:
         stream.add(keys, differences)
         assert torch.equal(gram, before) and not torch.equal(stream.gram, before)
 
+    @pytest.mark.parametrize("n, m", [(0, 5), (3, 2), (3, 30), (30, 3)])
+    def test_sums_that_were_kept_go_on(self, n, m):
+        keys, differences = tokens(n + m, 8, 2)
+        stream = StreamingNormalEquation(8, 2, layer=LAYER).add(keys[:n], differences[:n])
+        again = StreamingNormalEquation.from_sums(stream.gram, stream.cross, stream.tokens, layer=LAYER)
+        assert (again.tokens, again.waiting, again.layer) == (n, 0, LAYER)
+        again.add(keys[n:], differences[n:])
+        assert relative(again.solve(1.0), aggregate(keys, differences, 1.0)) < 1e-12
+
     @pytest.mark.parametrize("n, m", [(3, 2), (3, 30), (30, 3), (30, 30), (0, 5), (5, 0), (0, 30)])
     def test_merge_leaves_the_other_alone(self, n, m):
         keys, differences = tokens(n + m, 8, 2)
