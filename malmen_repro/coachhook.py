@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILE_FORMAT', 'STATE', 'z_scores', 'HookedShiftError', 'hooked', 'HookedShift', 'load_edit', 'CoachHooKConfig',
-           'ConsecutiveRunError', 'CoachHooK', 'row_scores', 'save', 'resume']
+           'ConsecutiveRunError', 'CoachHooK', 'row_scores', 'write_state', 'read_state', 'save', 'resume']
 
 # %% ../nbs/12_coachhook.ipynb #baca386f
 import json
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -284,36 +284,71 @@ def row_scores(
 STATE = "state.safetensors"  # of a run, in its folder
 
 
+def write_state(
+    folder: str | Path,  # made if it is not there
+    run: Mapping[str, Any],  # what tells this run from others: "method", "language_model" (a fingerprint), settings
+    about: Mapping[str, Any],  # where it stands, plain JSON
+    tensors: Mapping[str, Tensor],
+) -> Path:  # the folder
+    "Write the state of a consecutive run in one move, so that a stop in between leaves the old one."
+    header = {"run": json.dumps(run), "about": json.dumps(about)}
+    return write_tensors(Path(folder) / STATE, tensors, header).parent
+
+
+def read_state(
+    folder: str | Path,  # of `write_state`
+    run: Mapping[str, Any],  # the run that wants to go on
+    device: torch.device,  # where tensors go
+) -> tuple[dict[str, Any], dict[str, Tensor]]:  # where it stands, and tensors
+    """Read what `write_state` wrote.
+
+    Raises `ConsecutiveRunError` for another method, other settings or another model, else `EditorError`.
+    """
+    try:
+        found, header = read_tensors(Path(folder) / STATE)
+        theirs, about = json.loads(header["run"]), json.loads(header["about"])
+        their_method, their_model = theirs.pop("method"), theirs.pop("language_model")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise EditorError(f"{folder} holds no readable consecutive run: {error}") from error
+    ours = json.loads(json.dumps(run))  # tuples become lists
+    method, model = ours.pop("method"), ours.pop("language_model")
+    if method != their_method:
+        raise ConsecutiveRunError(f"the run in {folder} was begun by {their_method}, not by {method}")
+    if difference := same_model(model, their_model):
+        raise ConsecutiveRunError(f"the run in {folder} edits another language model: {difference}")
+    if different := _differences(ours, theirs):
+        raise ConsecutiveRunError(f"the run in {folder} was begun with other settings: {different}")
+    return about, {name: tensor.to(device) for name, tensor in found.items()}
+
+
 def save(
     self: CoachHooK,
     folder: str | Path,  # made if it is not there
 ) -> Path:  # the folder
     "Write the state after a batch: the hook layers, the edited keys' Gram matrices and the settings."
-    about = {"config": asdict(self.config), "language_model": fingerprint(self.lm), "thresholds": self.thresholds}
-    about |= {"batches": self.batches, "facts": self.facts}
+    about = {"thresholds": self.thresholds, "batches": self.batches, "facts": self.facts}
     tensors = {f"shift/{name}": shift for name, shift in self.shifts.items()}
     tensors |= {f"gram/{name}": gram for name, gram in self.grams.items()}
-    return write_tensors(Path(folder) / STATE, tensors, {"about": json.dumps(about)}).parent
+    return write_state(folder, _run(self), about, tensors)
 
 
 def resume(
     self: CoachHooK,
     folder: str | Path,  # what `save` wrote
 ) -> None:
-    "Go on from a saved state. Raises `ConsecutiveRunError` for other settings or another model, else `EditorError`."
-    try:
-        found, header = read_tensors(Path(folder) / STATE)
-        about, tensors = json.loads(header["about"]), {name: t.to(self.lm.device) for name, t in found.items()}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise EditorError(f"{folder} holds no readable consecutive run: {error}") from error
-    ours, theirs = json.loads(json.dumps(asdict(self.config))), about["config"]
-    if different := _differences(ours, theirs):
-        raise ConsecutiveRunError(f"the run in {folder} was begun with other settings: {different}")
-    if difference := same_model(fingerprint(self.lm), about["language_model"]):
-        raise ConsecutiveRunError(f"the run in {folder} edits another language model: {difference}")
+    "Go on from a saved state. Raises as `read_state`."
+    about, tensors = read_state(folder, _run(self), self.lm.device)
     self.shifts = {name: tensors[f"shift/{name}"] for name in self.lm.layers}
     self.grams = {name: tensors[f"gram/{name}"] for name in self.lm.layers}
     self.thresholds, self.batches, self.facts = about["thresholds"], about["batches"], about["facts"]
+
+
+def _run(editor: CoachHooK) -> dict[str, Any]:
+    "What tells its run from others."
+    corpus = editor.memit.statistics.provenance.get("corpus")  # a digest
+    return {
+        "method": editor.method, "language_model": fingerprint(editor.lm), **asdict(editor.config), "corpus": corpus
+    }
 
 
 def _differences(ours: dict, theirs: dict, prefix: str = "") -> str:

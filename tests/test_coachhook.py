@@ -439,6 +439,9 @@ def test_other_settings_or_another_model_are_refused(tmp_path):
         other.resume(tmp_path)
     with pytest.raises(ConsecutiveRunError, match="another language model"):
         coach(toy_model(layers=LOWER, last=None, seed=4)).resume(tmp_path)
+    lm = toy_model(layers=LOWER, last=None)
+    with pytest.raises(ConsecutiveRunError, match="other settings: corpus="):
+        CoachHooK(lm, key_statistics(lm, TEXTS[1:]), editor.config).resume(tmp_path)
     with pytest.raises(EditorError, match="no readable consecutive run"):
         coach().resume(tmp_path / "nowhere")
     (tmp_path / "state.safetensors").write_bytes(b"damaged")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from malmen_repro.coachhook import CoachHooK, CoachHooKConfig
+from malmen_repro.coachhook import CoachHooK, CoachHooKConfig, ConsecutiveRunError
 from malmen_repro.consecutive import Consecutive, RememberingMALMEN, consecutive
 from malmen_repro.editors import MALMEN, MEND, EditorConfig, EditorError
 from malmen_repro.facts import NoFactsError
@@ -130,3 +130,94 @@ def test_any_editor_as_one_that_goes_on_from_its_last_edit():
     run = consecutive(EDITORS["MEMIT"]())
     assert isinstance(run, Consecutive) and run.batches == 0
     assert run.edit(facts(3)).metadata["batches"] == 1
+
+
+# --- stopping and going on
+
+
+@pytest.mark.parametrize("count", [2, 30])  # fewer and more tokens than the 24 dimensions of a key
+@pytest.mark.parametrize("name", EDITORS)
+def test_a_resumed_run_is_the_run_in_one_go(tmp_path, name, count):
+    whole, half, rest = (Consecutive(EDITORS[name]()) for _ in range(3))
+    for start in (0, 40):
+        half.edit(facts(count, start=start))
+        whole.edit(facts(count, start=start))
+    assert half.save(tmp_path / "run") == tmp_path / "run"
+    rest.resume(tmp_path / "run")
+    assert (rest.batches, rest.facts, rest.shift.metadata) == (2, 2 * count, half.shift.metadata)
+    expected, found = (run.edit(facts(count, start=80)) for run in (whole, rest))
+    assert found.metadata == expected.metadata == {"method": whole.method, "facts": 3 * count, "batches": 3}
+    for layer, shift in expected.shifts.items():
+        torch.testing.assert_close(found.shifts[layer], shift, rtol=1e-6, atol=1e-9)
+    if name == "remembering":
+        ours, theirs = rest.editor.remembered, whole.editor.remembered
+        assert all(ours[layer].tokens == theirs[layer].tokens for layer in ours)
+        for layer in ours:
+            torch.testing.assert_close(ours[layer].gram, theirs[layer].gram)
+
+
+def test_a_run_without_batches_can_be_kept(tmp_path):
+    run = Consecutive(EDITORS["remembering"]())
+    run.save(tmp_path)
+    run.edit(facts(3))
+    run.resume(tmp_path)
+    assert run.batches == 0 and run.shift.shifts == {}
+
+
+def test_a_run_is_kept_after_its_edit_was_merged(tmp_path):
+    run = Consecutive(EDITORS["MALMEN"]())
+    run.edit(facts(3)).merge_into(run.lm)
+    run.save(tmp_path)
+    rest = Consecutive(EDITORS["MALMEN"]())
+    rest.resume(tmp_path)
+    assert rest.batches == 1
+
+
+def test_another_editor_does_not_go_on(tmp_path):
+    run = Consecutive(EDITORS["MALMEN"]())
+    run.edit(facts(3))
+    run.save(tmp_path)
+    trained = hyper(MALMEN)
+    next(trained.networks.parameters()).data += 1
+    lm = toy_model(torch.float64)
+    for other, message in (
+        (hyper(MEND), "begun by MALMEN, not by MEND"),
+        (hyper(RememberingMALMEN), "begun by MALMEN, not by MALMEN, accumulated"),
+        (trained, "other settings: networks="),
+        (MALMEN(lm, EditorConfig(rank=5, blocks=1)), "other settings: .*rank=4, now 5"),
+        (hyper(MALMEN, toy_model(torch.float64, seed=4)), "another language model"),
+    ):
+        with pytest.raises(ConsecutiveRunError, match=message):
+            Consecutive(other).resume(tmp_path)
+    with pytest.raises(EditorError, match="no readable consecutive run"):
+        run.resume(tmp_path / "nowhere")
+    assert run.batches == 1
+
+
+def test_other_key_statistics_do_not_go_on(tmp_path):
+    run = Consecutive(EDITORS["MEMIT"]())
+    run.save(tmp_path)
+    lm = toy_model(layers=LOWER, last=None)
+    with pytest.raises(ConsecutiveRunError, match="other settings: corpus="):
+        Consecutive(MEMIT(lm, key_statistics(lm, TEXTS[1:]), CONFIG)).resume(tmp_path)
+
+
+def test_a_malmen_that_remembers_has_the_networks_of_its_origin():
+    editor = EDITORS["MALMEN"]()
+    ours = RememberingMALMEN.of(editor)
+    assert ours.networks is editor.networks and ours.lm is editor.lm and ours.config == editor.config
+    assert all(earlier.tokens == 0 for earlier in ours.remembered.values())
+
+
+def test_rows_at_once_are_the_editors_own_unless_asked():
+    seen = []
+
+    class Noting(MALMEN):
+        def edit(self, facts, batch_size=5, progress=False):
+            seen.append(batch_size)
+            return super().edit(facts, batch_size, progress)
+
+    run = Consecutive(hyper(Noting))
+    run.edit(facts(3))
+    run.edit(facts(3), 2)
+    assert seen == [5, 2]
