@@ -9,9 +9,9 @@ __all__ = ['LAMBDAS', 'METHODS', 'MAIN_METHODS', 'TABLE_METHODS', 'BATCH_METHODS
            'BASE_QUESTIONS', 'SMALL_CLAIMS', 'MIXED', 'SMALL_ABLATION', 'EXPERIMENTS', 'SETTINGS', 'SCHEMA',
            'SettingsOf', 'OBSERVED', 'ExperimentError', 'UnknownExperimentError', 'CellError', 'Method', 'Cell', 'slug',
            'Plan', 'Experiment', 'find_experiment', 'cells_of', 'trained_for', 'at', 'training_settings',
-           'EvaluationConfig', 'altered', 'configuration', 'condensed', 'edited_model', 'trained_editor', 'editor_of',
-           'evaluation_blocks', 'pooled', 'run_cell', 'edited_in_batches', 'scores_of', 'learned', 'run_cells',
-           'changed', 'check_same_bench']
+           'EvaluationConfig', 'altered', 'configuration', 'condensed', 'edited_model', 'trained_editor',
+           'without_training', 'editor_of', 'evaluation_blocks', 'pooled', 'run_cell', 'edited_in_batches', 'scores_of',
+           'learned', 'run_cells', 'changed', 'check_same_bench']
 
 # %% ../nbs/15_experiments.ipynb #0d6b1775
 import json
@@ -591,6 +591,18 @@ def _of_kind(kind: type[Editor], editor: Editor) -> Editor:
 OBSERVED = 1024  # training facts that give an untrained editor's normalisers their statistics
 
 
+def without_training(
+    editor: Editor,  # its normalisers and learning rates are set in place
+    train_facts: Sequence[Fact],
+    config: TrainingConfig,  # m, the locality coefficient, batch sizes and the seed are read
+    progress: bool = True,
+) -> float:  # eta of every layer
+    "What an untrained editor needs: its normalisers see a sample of the facts, and one block of them chooses eta."
+    sample = random.Random(config.seed).sample(train_facts, min(OBSERVED, len(train_facts)))
+    editor.observe(sample, config.lm_batch_size, progress)
+    return tune_learning_rate(editor, train_facts, config)
+
+
 def _train(cell, editor, train_facts, config, checkpoint, progress) -> dict[str, Any]:
     "Train, or choose one learning rate; what a record tells of it."
     device = editor.lm.device
@@ -598,9 +610,7 @@ def _train(cell, editor, train_facts, config, checkpoint, progress) -> dict[str,
         torch.cuda.reset_peak_memory_stats(device)
     start, history = time.perf_counter(), []
     if not METHODS[cell.method].trained:
-        sample = random.Random(config.seed).sample(train_facts, min(OBSERVED, len(train_facts)))
-        editor.observe(sample, config.lm_batch_size, progress)
-        tune_learning_rate(editor, train_facts, config)
+        without_training(editor, train_facts, config, progress)
         seconds = time.perf_counter() - start
     else:
         history = editor.train(train_facts, config=config, checkpoint=checkpoint, progress=progress)

@@ -1,5 +1,6 @@
 """The command line, from the outside."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -13,13 +14,15 @@ import torch
 
 from malmen_repro import cli, experiments, records, stand_ins
 from malmen_repro.benches import load_language_model
-from malmen_repro.coachhook import HookedShift, load_edit
-from malmen_repro.editors import EditorConfig, NonFiniteShiftError
+from malmen_repro.coachhook import CoachHooK, HookedShift, load_edit
+from malmen_repro.consecutive import RememberingMALMEN, consecutive
+from malmen_repro.editors import MALMEN, Editor, EditorConfig, NonFiniteShiftError
 from malmen_repro.evaluation import MEASURES, evaluate
 from malmen_repro.experiments import EXPERIMENTS, EvaluationConfig
 from malmen_repro.facts import FactFileError, save_facts
 from malmen_repro.fine_tuning import FineTuningConfig
-from malmen_repro.ready_editors import READY
+from malmen_repro.memit import MEMIT, ROME
+from malmen_repro.ready_editors import PAPERS, READY
 from malmen_repro.records import read_record, weights_hash
 from malmen_repro.stand_ins import Bench
 from malmen_repro.training import TrainingConfig
@@ -33,7 +36,7 @@ TRAIN = "--num-facts 4 --rank 4 --learning-rate 0.05 --meta-learning-rate 0.01 -
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a model, facts, a trained editor and a shift; not to be changed."""
+    """A folder with a model, facts, trained editors and a shift; not to be changed."""
     folder = tmp_path_factory.mktemp("made")
     lm = toy_model()
     lm.model.save_pretrained(folder / "model")
@@ -42,6 +45,8 @@ def made(tmp_path_factory):
     save_facts(toy_facts(5, seed=1, start=20), folder / "new.jsonl")
     on = f"--model {folder / 'model'}"
     assert call(f"train {on} --facts {folder / 'train.jsonl'} --last 2 {TRAIN} --out {folder / 'editor'}") == 0
+    trained = f"--last 2 --method MEND {TRAIN} --out {folder / 'mend-editor'}"
+    assert call(f"train {on} --facts {folder / 'train.jsonl'} {trained}") == 0
     there = f"--editor {folder / 'editor'} --out {folder / 'shift.safetensors'} --quiet"
     assert call(f"edit {on} --facts {folder / 'new.jsonl'} {there}") == 0
     return folder
@@ -152,15 +157,25 @@ def test_edit_is_what_the_editor_does(made):
         torch.testing.assert_close(found.shifts[name], shift)
 
 
-@pytest.mark.parametrize("method", cli.READY_METHODS)
-def test_edit_with_a_method_that_needs_no_training(here, capsys, monkeypatch, method):
+@pytest.fixture
+def corpus(here, monkeypatch):
+    """Ordinary text, and a place for what is read off it."""
     monkeypatch.setenv("MALMEN_CACHE", str(here / "cache"))
     Path("corpus.txt").write_text("\n".join(toy_corpus()))
+
+
+def edit_line(method, changes=None, facts="new.jsonl"):
+    """The start of a command line that edits by a method that needs no training, in no time."""
     more = "--corpus corpus.txt --blocks 0" if method in ("MEMIT", "ROME", "CoachHooK") else ""
     small = {"MEMIT": {"target": QUICK}, "ROME": {"target": QUICK}, "CoachHooK": {"memit": {"target": QUICK}}}
-    settings = json.dumps(small.get(method, {"FT": {"epochs": 1}}.get(method, {"steps": 2}))).replace(" ", "")
-    line = f"edit --model model --facts new.jsonl --method {method} {more} --settings {settings} --out a/edit --quiet"
-    assert call(line) == 0
+    small = small.get(method, {"FT": {"epochs": 1}}.get(method, {"steps": 2}))
+    settings = json.dumps(small | (changes or {})).replace(" ", "")
+    return f"edit --model model --facts {facts} --method {method} {more} --settings {settings}"
+
+
+@pytest.mark.parametrize("method", cli.READY_METHODS)
+def test_edit_with_a_method_that_needs_no_training(corpus, capsys, method):
+    assert call(f"{edit_line(method)} --out a/edit --quiet") == 0
     assert f"5 facts edited by {method}" in capsys.readouterr().out
     assert call("evaluate --model model --facts new.jsonl --shift a/edit --quiet") == 0
     assert "| ES " in capsys.readouterr().out
@@ -177,6 +192,8 @@ QUICK = {"steps": 2, "prefix_lengths": [2], "separator": "_", "essence": "{}_w3"
         ("", "give either --editor DIR"),
         ("--editor editor --method FT", "give either --editor DIR"),
         ("--method MEMIT", "MEMIT needs --corpus FILE"),
+        ("--method MEMIT --corpus none.txt --blocks 0", "No such file or directory: 'none.txt'"),
+        ("--method LoRA --state new.jsonl", "--state new.jsonl is a file"),
         ("--method CoachHooK --corpus new.jsonl", "CoachHooK needs --corpus FILE"),
         ("--method CoachHooK --merge-into there", "can't be merged"),
         ("--method LoRA --settings {", "--settings must be a JSON object"),
@@ -196,8 +213,187 @@ def test_edit_says_what_is_missing(here, capsys, monkeypatch, options, message):
     assert message in fails(capsys, f"edit --model model --facts new.jsonl --out s {options} --quiet")
 
 
+@pytest.mark.parametrize("text", [b"", b"\n \n\t\n"])
+@pytest.mark.parametrize("method", ["MEMIT", "ROME", "CoachHooK"])
+def test_a_corpus_without_text_is_refused(corpus, capsys, method, text):
+    Path("corpus.txt").write_bytes(text)
+    assert "corpus.txt holds no text" in fails(capsys, f"{edit_line(method)} --out s --quiet")
+
+
+def test_a_corpus_that_is_no_text_is_refused(corpus, capsys):
+    Path("corpus.txt").write_bytes(b"\xff\xfe\x00")
+    assert "corpus.txt is not text in UTF-8" in fails(capsys, f"{edit_line('MEMIT')} --out s --quiet")
+
+
+@pytest.mark.parametrize("method", ["MEMIT", "CoachHooK"])
+def test_edits_show_progress_unless_quiet(corpus, capsys, method):
+    assert call(f"{edit_line(method)} --out s") == 0
+    error = capsys.readouterr().err
+    assert all(bar in error for bar in ("keys of a corpus", "target vectors", "spread"))
+    assert call(f"{edit_line(method)} --out s --quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("method", ["LoRA", "MEMIT", "CoachHooK"])
+@pytest.mark.parametrize("state", ["", "--state run"])
+@pytest.mark.parametrize(("asked", "expected"), [("", None), ("--batch-size 3", 3)])
+def test_rows_at_once_are_the_methods_own_unless_asked(corpus, monkeypatch, method, state, asked, expected):
+    real, seen = READY[method].editor.edit, []
+
+    def noted(self, *args, **options):
+        seen.append(options.get("batch_size"))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(READY[method].editor, "edit", noted)
+    assert call(f"{edit_line(method)} --out s --quiet {state} {asked}") == 0
+    assert seen == [expected]
+
+
 def test_the_methods_of_the_command_line_are_those_there_are():
     assert set(cli.READY_METHODS) == set(READY)
+    assert set(cli.TRAINED_METHODS) < set(experiments.METHODS)
+
+
+def test_rows_at_once_are_as_the_help_says(capsys):
+    call("edit --help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 32; 64 for MEMIT, ROME and CoachHooK" in text and "in their papers' setting 21)" in text
+    for ready in READY.values():
+        rows = inspect.signature(ready.editor.edit).parameters["batch_size"].default
+        assert rows == (64 if ready.editor in (MEMIT, ROME, CoachHooK) else 32)
+    assert {len(c.target.prefix_lengths) + 1 for c in (PAPERS["MEMIT"], PAPERS["ROME"], PAPERS["CoachHooK"].memit)} == {
+        21
+    }
+
+
+@pytest.mark.parametrize("method", ["MALMEN", "MEND", "MALMEN untrained", "MALMEN, accumulated"])
+def test_a_method_with_an_editor_is_not_made_by_name(capsys, method):
+    with pytest.raises(SystemExit):
+        cli.main(["edit", "--model", "m", "--facts", "f", "--out", "o", "--method", method])
+    assert f"{method} has an editor, which `train` writes: give it by --editor DIR" in capsys.readouterr().err
+
+
+def test_untrained_malmen_is_the_experiments(here, capsys):
+    line = f"train --model model --facts train.jsonl --last 2 {TRAIN} --out plain".split()
+    assert cli.main([*line, "--method", "MALMEN untrained"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("MALMEN untrained for 2 layers: ") and "no steps; η is " in text
+    lm, facts = toy_model(), toy_facts(8)
+    expected = MALMEN(lm, EditorConfig(rank=1, blocks=1))
+    rate = experiments.without_training(expected, facts, TrainingConfig(num_facts=4, lm_batch_size=32))
+    assert f"η is {rate:.3g} for every layer" in text
+    assert {path.name for path in Path("plain").iterdir()} == {"config.json", "editor.safetensors", "history.json"}
+    assert call("edit --model model --editor plain --facts new.jsonl --out s --quiet") == 0
+    found, wanted = WeightShift.load("s"), expected.edit(toy_facts(5, seed=1, start=20))
+    for layer, shift in wanted.shifts.items():
+        torch.testing.assert_close(found.shifts[layer], shift)
+
+
+# --- batch after batch
+
+EDITOR = {"MALMEN": "editor", "MEND": "mend-editor"}
+
+
+@pytest.fixture
+def batches(corpus):
+    """Two files of facts, and the line that edits one of them by a method."""
+    save_facts(toy_facts(3, seed=1, start=20), "1.jsonl")
+    save_facts(toy_facts(4, seed=1, start=30), "2.jsonl")
+
+    def line(method, number, changes=None):
+        if method not in cli.READY_METHODS:
+            return f"edit --model model --editor {EDITOR.get(method, method)} --facts {number}.jsonl --quiet"
+        return f"{edit_line(method, changes, f'{number}.jsonl')} --quiet"
+
+    return line
+
+
+def run_of(method):
+    """What the command line goes on with, in Python."""
+    if method in EDITOR:
+        editor = Editor.from_pretrained(EDITOR[method], toy_model())
+        return consecutive(RememberingMALMEN.of(editor) if method == "MALMEN" else editor)
+    args = cli.parser().parse_args(f"{edit_line(method)} --out o --quiet".split())
+    return consecutive(cli.ready(args, load_language_model("model", device="cpu")))
+
+
+@pytest.mark.parametrize("method", [*EDITOR, *cli.READY_METHODS])
+def test_later_edits_go_on_from_earlier_ones(batches, capsys, method):
+    assert call(f"{batches(method, 1)} --state a/run --out 1") == 0
+    assert "State: a/run, with 3 facts in 1 batches" in capsys.readouterr().out
+    assert call(f"{batches(method, 2)} --state a/run --out 2") == 0
+    text = capsys.readouterr().out
+    assert "4 facts edited by" in text and "State: a/run, with 7 facts in 2 batches" in text
+    run = run_of(method)
+    for number, count, start in ((1, 3, 20), (2, 4, 30)):
+        expected, found = run.edit(toy_facts(count, seed=1, start=start)), load_edit(str(number))
+        assert found.metadata == expected.metadata and found.metadata["batches"] == number
+        for layer, shift in expected.shifts.items():
+            torch.testing.assert_close(found.shifts[layer], shift, rtol=1e-4, atol=1e-6)
+    assert call(f"{batches(method, 2)} --out alone") == 0  # without a state an edit is of its own facts
+    assert load_edit("alone").metadata["facts"] == 4
+
+
+def test_malmen_goes_on_accumulated(batches):
+    for number in (1, 2):
+        assert call(f"{batches('MALMEN', number)} --state run --out {number}") == 0
+    assert load_edit("2").metadata == {"method": "MALMEN, accumulated", "facts": 7, "batches": 2}
+
+
+@pytest.mark.parametrize("method", ["MALMEN", "LoRA", "CoachHooK"])
+def test_a_batch_that_fails_leaves_the_state(batches, capsys, monkeypatch, method):
+    assert call(f"{batches(method, 1)} --state run --out 1") == 0
+    before = Path("run/state.safetensors").read_bytes()
+    Path("file").write_text("")
+    fails(capsys, f"{batches(method, 2)} --state run --out file/2")  # the shift cannot be written
+    rows = [{"prompt": "w1 " * 40, "answer": "w2", "subject": "w1"}]  # longer than the model's context
+    Path("3.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    fails(capsys, f"{batches(method, 3)} --state run --out 3")
+    assert Path("run/state.safetensors").read_bytes() == before and not Path("3").exists()
+    assert [path.name for path in Path("run").iterdir()] == ["state.safetensors"]
+    assert call(f"{batches(method, 2)} --state run --out 2") == 0
+    assert load_edit("2").metadata["batches"] == 2
+
+
+def test_a_first_batch_that_fails_begins_no_run(batches, capsys):
+    Path("file").write_text("")
+    fails(capsys, f"{batches('LoRA', 1)} --state run --out file/1")
+    assert not Path("run").exists()
+
+
+def test_a_run_goes_on_with_the_same_editor_only(batches, capsys):
+    for method in ("CoachHooK", "LoRA", "MALMEN"):
+        assert call(f"{batches(method, 1)} --state {method}-run --out 1") == 0
+    before = {path: path.read_bytes() for path in Path().glob("*-run/*")}
+    for line, message in (
+        (batches("CoachHooK", 2, {"alpha": 1.0}) + " --state CoachHooK-run", "other settings: alpha=2.2, now 1.0"),
+        (batches("MEMIT", 2) + " --state CoachHooK-run", "was begun by CoachHooK, not by MEMIT"),
+        (batches("LoRA", 2, {"rank": 2}) + " --state LoRA-run", "other settings: rank=8, now 2"),
+        (batches("MEND", 2) + " --state MALMEN-run", "was begun by MALMEN, accumulated, not by MEND"),
+    ):
+        error = fails(capsys, f"{line} --out 2")
+        assert message in error and error.count("\n") == 1
+    Path("corpus.txt").write_text("\n".join(toy_corpus()[1:]))
+    assert "other settings: corpus=" in fails(capsys, f"{batches('CoachHooK', 2)} --state CoachHooK-run --out 2")
+    assert call(f"train --model model --facts train.jsonl --last 2 {TRAIN} --seed 1 --out other") == 0
+    assert "other settings: networks=" in fails(capsys, f"{batches('other', 2)} --state MALMEN-run --out 2")
+    other = toy_model(seed=3)
+    other.model.save_pretrained("another")
+    other.tokenizer.save_pretrained("another")
+    line = f"{batches('LoRA', 2)} --state LoRA-run --out 2".replace("--model model", "--model another")
+    assert "edits another language model: the weights of" in fails(capsys, line)
+    Path("LoRA-run/state.safetensors").write_bytes(b"damaged")
+    assert "holds no readable consecutive run" in fails(capsys, f"{batches('LoRA', 2)} --state LoRA-run --out 2")
+    before.pop(Path("LoRA-run/state.safetensors"))
+    assert all(path.read_bytes() == there for path, there in before.items()) and not Path("2").exists()
+
+
+def test_a_run_can_be_merged_and_still_goes_on(batches):
+    for number in (1, 2):
+        assert call(f"{batches('MALMEN', number)} --state run --out {number} --merge-into edited") == 0
+    lm, facts = toy_model(), toy_facts(4, seed=1, start=30)
+    merged = evaluate(load_language_model("edited", last=2, device="cpu"), facts, None)
+    assert evaluate(lm, facts, WeightShift.load("2")).values["ES"].tolist() == merged.values["ES"].tolist()
 
 
 def test_training_goes_on_where_it_stopped(here, capsys):
