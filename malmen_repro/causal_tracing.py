@@ -384,10 +384,10 @@ def _by_role(
     return torch.stack([gains[torch.tensor(tokens)].mean(0) for tokens in mine])
 
 # %% ../nbs/11c_causal_tracing.ipynb #03e7ede8
-LOOKS = {  # kind -> title, colours, the columns' name
-    "state": ("one state", "Purples", "block"),
-    "mlp": ("feed-forward, {} in a run", "Greens", "middle block"),
-    "attention": ("attention, {} in a run", "Reds", "middle block"),
+LOOKS = {  # kind -> title, colours
+    "state": ("state", "Purples"),
+    "mlp": ("feed-forward", "Greens"),
+    "attention": ("attention", "Reds"),
 }
 MANY_BLOCKS = 8  # from here on cells hold no numbers
 
@@ -407,13 +407,14 @@ def draw_traces(
     axes = figure.subplots(1, len(traces), squeeze=False)[0]
     highest = max(1e-6, *(np.nanmax(each) for each in effects))
     for ax, each, cells in zip(axes, traces, effects, strict=True):
-        title, colours, columns = LOOKS[each["kind"]]
+        (title, colours), several = LOOKS[each["kind"]], each["width"] > 1
         look = {"cmap": colours, "vmin": 0, "vmax": highest, "linewidths": 0.5}
         names = [f"{role} ({count})" for role, count in zip(ROLES, each["counts"], strict=True)]
         names = names if ax is axes[0] else False
         numbers = cells.round(2) + 0.0 if blocks < MANY_BLOCKS else False  # 0.0 is added for the sake of -0.00
         sns.heatmap(cells, ax=ax, annot=numbers, fmt=".2f", yticklabels=names, **look)
-        ax.set(title=title.format(each["width"]), xlabel=columns)
+        title += f", {each['width']} in a run" * several
+        ax.set(title=title, xlabel="middle block" if several else "block")
     first = traces[0]
     between = f"p(object) = {first['clean']:.2f} clean, {first['corrupted']:.2f} corrupted"
     title = f"average indirect effect, {first['facts']} facts × {first['samples']} noises: {between}"

@@ -746,14 +746,16 @@ def test_a_record_holds_the_traces_and_the_severed_effects(gpt2):
 def made(kind="state", blocks=3, facts=4):
     by_fact = torch.rand(facts, len(ROLES), blocks, generator=torch.Generator().manual_seed(0))
     by_fact[1:, 1] = math.nan
-    return Trace(kind, by_fact, torch.full((facts,), 0.5), torch.full((facts, 2), 0.25), FACTS[:facts], 0, 0.1, 10)
+    between, width = (torch.full((facts,), 0.5), torch.full((facts, 2), 0.25)), 1 if kind == "state" else 10
+    return Trace(kind, by_fact, *between, FACTS[:facts], 0, 0.1, width)
 
 
 def test_picture_of_traces():
     figure = draw_traces([made(kind).summary() for kind in KINDS])
     axes = [ax for ax in figure.axes if ax.get_title()]
-    titles = ["one state", "feed-forward, 10 in a run", "attention, 10 in a run"]
+    titles = ["state", "feed-forward, 10 in a run", "attention, 10 in a run"]
     assert [ax.get_title() for ax in axes] == titles
+    assert [ax.get_xlabel() for ax in axes] == ["block", "middle block", "middle block"]
     labels = [label.get_text() for label in axes[0].get_yticklabels()]
     assert labels == [f"{role} ({1 if role == MIDDLE else 4})" for role in ROLES]
     assert not axes[1].get_yticklabels()
