@@ -25,7 +25,7 @@ from .editors import EditorError
 from .facts import Fact, check_facts
 from .key_statistics import KeyStatistics, until_seen
 from .language_models import LanguageModel, fingerprint, same_model
-from .memit import MEMIT, MEMITConfig, spread
+from .memit import MEMIT, MEMITConfig, SubjectRows, spread
 from .weight_shifts import WeightShift, WeightShiftError, overlaid, read_tensors, write_tensors
 
 # %% ../nbs/12_coachhook.ipynb #9ad68f85
@@ -220,8 +220,10 @@ class CoachHooK:
         Raises as `MEMIT.edit`.
         """
         check_facts(facts)
+        prefixes = self.memit.prefixes()  # of the unedited model, for the search as for the keys
         with self.shift.applied(self.lm):
-            targets = self.memit.targets(facts, batch_size, progress)
+            targets = self.memit.targets(facts, batch_size, progress, prefixes)
+        rows = SubjectRows(self.lm, facts, prefixes, self.config.memit, whole=self.config.hooks)
         old = self.memit.old()
         if self.config.accumulate:
             old = {name: old[name].to(gram.device) + gram for name, gram in self.grams.items()}
@@ -230,9 +232,7 @@ class CoachHooK:
         def during(done: dict[str, Tensor]) -> AbstractContextManager:
             return self._during(done, thresholds)
 
-        for layer, sums, shift in spread(
-            self.lm, facts, targets, old, self.config.memit, batch_size, progress, during
-        ):
+        for layer, sums, shift in spread(self.lm, rows, targets, old, batch_size, progress, during):
             if self.config.hooks and self.config.dynamic:
                 with during(shifts):  # the layers below are done, this one not yet
                     moved = self.shifts[layer] + shift
@@ -255,9 +255,10 @@ class CoachHooK:
             yield
 
     def _candidate(self, facts: Sequence[Fact], layer: str, shift: Tensor, batch_size: int) -> float:
-        "alpha_c: the smallest of the facts' largest scores."
-        scores = row_scores(self.lm, [fact.pair for fact in facts], {layer: shift}, batch_size)[layer]
-        return min(row.max().item() for row in scores)
+        "alpha_c: the smallest of the facts' largest scores; a row without scores can pass at no threshold."
+        rows = row_scores(self.lm, [fact.pair for fact in facts], {layer: shift}, batch_size)[layer]
+        best = (row.max().item() for row in rows)
+        return min((score for score in best if score > -math.inf), default=math.inf)
 
 
 @torch.no_grad()

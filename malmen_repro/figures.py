@@ -325,12 +325,12 @@ def draw_residuals(
     records: Sequence[dict[str, Any]],
     path: str | Path | None = None,  # without suffix
 ):  # a matplotlib figure
-    "Fig. 8 twice: each method in its own way, and both ways on the value differences of one editor, layer by layer."
+    "Fig. 8 twice: each method in its own way, and both ways on one editor's value differences; a thin line a layer."
     import seaborn as sns
 
     rows = residual_points(records)
     sets = list(dict.fromkeys(row["data_set"] for row in rows))
-    note = "mean and standard deviation over layers and seeds"
+    note = "mean and standard deviation over layers and seeds; thin lines: each layer"
     with panels(len(sets), 3, records, path, note) as (figure, grid):
         for line, data_set in zip(grid, sets, strict=True):
             ours = [row for row in rows if row["data_set"] == data_set]
@@ -344,6 +344,13 @@ def draw_residuals(
                     label = f"{key[0]} ({key[1]})" if first else f"{key[1]}, MALMEN's tokens"
                     xs, ys = [row["num_facts"] for row in mine], [row[name] for row in mine]
                     sns.lineplot(x=xs, y=ys, ax=ax, errorbar="sd", label=label, **look)
+                    for layer in dict.fromkeys(row["layer"] for row in mine):  # means over seeds
+                        one = [row for row in mine if row["layer"] == layer]
+                        thin = {"color": look["color"], "linewidth": 0.7, "alpha": 0.6}
+                        sns.lineplot(
+                            x=[row["num_facts"] for row in one], y=[row[name] for row in one],
+                            ax=ax, errorbar=None, **thin,
+                        )  # fmt: skip
                 logarithmic_axis(ax, sorted({row["num_facts"] for row in ours}))
                 ax.set_title("each in its own way" if first else f"one editor, two ways: {name}")
                 measure = "mean residual" if name == "residual" else "share that survives"

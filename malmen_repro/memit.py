@@ -28,9 +28,9 @@ from malmen_repro.target_vectors import (
     TargetConfig,
     Targets,
     block_of,
+    first_answers,
     prefixed,
     random_prefixes,
-    subject_end,
     subject_tokens,
     target_vectors,
 )
@@ -94,42 +94,57 @@ class MEMITConfig:
 
 # %% ../nbs/11b_memit.ipynb #f71a19f1
 class SubjectRows:
-    "Facts as rows of tokens that end with the subject: for the keys, and for the states at L."
+    "Facts as rows of tokens, with what comes behind the subject as if it were the answer: for keys, and states at L."
 
-    def __init__(self, lm: LanguageModel, facts: Sequence[Fact], prefixes: list[str], config: MEMITConfig):
-        self.each = len(prefixes)
-        said = facts
-        if config.keys == "subject":
-            said = [Fact(fact.subject, fact.answer, subject=fact.subject) for fact in facts]
-        self.keys = _cut(lm, *prefixed(said, prefixes, config.target.separator))
-        ends = [subject_end(fact.prompt, fact.subject) for fact in facts]
-        self.prompts = _cut(lm, [fact.prompt for fact in facts], ends)
+    def __init__(
+        self,
+        lm: LanguageModel,
+        facts: Sequence[Fact],
+        prefixes: Sequence[str],  # x_j, the first empty
+        config: MEMITConfig,
+        whole: bool = False,  # rows go on to their ends, prompt and answer; else they end with the subject
+    ):
+        self.each, separator = len(prefixes), config.target.separator
+        self.prompts = _split(lm, facts, [""], separator, whole)
+        if config.keys == "subject":  # which is all of such a row
+            facts, whole = [Fact(fact.subject, fact.answer, subject=fact.subject) for fact in facts], False
+        self.keys = _split(lm, facts, prefixes, separator, whole)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
 
 
-def _cut(lm: LanguageModel, texts: list[str], ends: list[int]) -> list[EncodedPair]:
-    "Rows that end with the subject, whose last position is marked as if it output an answer."
-    ids = lm.tokenizer(texts)["input_ids"]
+def _split(
+    lm: LanguageModel, facts: Sequence[Fact], prefixes: Sequence[str], separator: str, whole: bool
+) -> list[EncodedPair]:
+    "Rows in two parts: up to the subject's last token, and the rest."
+    texts, ends = prefixed(facts, prefixes, separator)
     positions = subject_tokens(lm, texts, ends)
-    return [EncodedPair(tuple(row[: at + 1]), (0,)) for row, at in zip(ids, positions, strict=True)]
+    if not whole:
+        rows = lm.tokenizer(texts)["input_ids"]
+        return [EncodedPair(tuple(row[: at + 1]), (0,)) for row, at in zip(rows, positions, strict=True)]
+    answers = [fact.answer for fact in facts for _ in prefixes]
+    rows = [pair.prompt + pair.answer for pair in lm.encode(list(zip(texts, answers, strict=True)))]
+    return [EncodedPair(row[: at + 1], row[at + 1 :]) for row, at in zip(rows, positions, strict=True)]
 
 
 @torch.no_grad()
 def at_subjects(
     lm: LanguageModel,
-    rows: Sequence[EncodedPair],  # each ends with its subject
+    rows: Sequence[EncodedPair],  # the prompt of each ends with its subject
     module: str,  # whose input or output is read
     which: int,  # 0 for what enters it, 1 for what leaves it
     batch_size: int,
 ) -> Float[Tensor, "rows size"]:  # float32 or better
-    "What a module sees at each row's last token; nothing above it is computed."
+    "What a module sees at each subject's last token; nothing above it is computed."
     found: Tensor | None = None
     for batch in lm.batches(list(rows), batch_size):
         with until_seen({module: lm.model.get_submodule(module)}) as seen:
             lm.model(**batch.inputs, use_cache=False)
-        vectors = at_least_float32(seen[module][which][batch.answer_mask])
+        vectors = at_least_float32(seen[module][which][first_answers(batch)])
         if found is None:
             found = vectors.new_empty(len(rows), vectors.shape[1])
-        found[batch.rows] = vectors
+        found[batch.owners] = vectors
     return found
 
 # %% ../nbs/11b_memit.ipynb #c6fa09bf
@@ -146,24 +161,21 @@ class SolvedLayer(NamedTuple):
 
 def spread(
     lm: LanguageModel,  # its layers are the critical ones
-    facts: Sequence[Fact],
+    rows: SubjectRows,  # of the facts
     targets: Targets,
     old: Mapping[str, Float[Tensor, "key_size key_size"]],  # C_0 of each layer
-    config: MEMITConfig,
     batch_size: int = 64,  # rows in the language model at once
     progress: bool = False,  # show a bar
     during: ModelDuring | None = None,  # how the model is while layers change; the shifts so far laid over it if None
 ) -> Iterator[SolvedLayer]:  # in ascending order
-    "Algorithm 1 of MEMIT, lines 5 to 15. Raises `SubjectError`, `SingularGramError`, `NonFiniteShiftError`."
+    "Algorithm 1 of MEMIT, lines 5 to 15. Raises `SingularGramError`, `NonFiniteShiftError`."
     during = during or (lambda shifts: overlaid(lm, shifts))
-    prefixes = random_prefixes(lm, config.target.prefix_lengths, config.target.seed)
-    rows, shifts = SubjectRows(lm, facts, prefixes, config), {}
-    block = max(1, batch_size // rows.each)
-    with tqdm(total=len(lm.layers) * len(facts), desc="spread", disable=not progress, leave=False) as bar:
+    shifts, block = {}, max(1, batch_size // rows.each)
+    with tqdm(total=len(lm.layers) * len(rows), desc="spread", disable=not progress, leave=False) as bar:
         for left, layer in zip(range(len(lm.layers), 0, -1), lm.layers, strict=True):
             sums = MemorySums(*reversed(lm.shapes[layer]), lm.device, layer)
             with during(shifts):
-                for start in range(0, len(facts), block):
+                for start in range(0, len(rows), block):
                     some = slice(start, start + block)
                     theirs = rows.keys[start * rows.each : (start + block) * rows.each]
                     keys = at_subjects(lm, theirs, layer, 0, batch_size)
@@ -202,9 +214,19 @@ class MEMIT:
         self.lm, self.statistics, self.config = lm, statistics, config or MEMITConfig()
         self.block = block_of(list(lm.layers)[-1])  # L
 
-    def targets(self, facts: Sequence[Fact], batch_size: int = 64, progress: bool = False) -> Targets:
+    def prefixes(self) -> list[str]:
+        "$x_j$ of Eqs. 16 and 19, written by the model as it is now."
+        return random_prefixes(self.lm, self.config.target.prefix_lengths, self.config.target.seed)
+
+    def targets(
+        self,
+        facts: Sequence[Fact],
+        batch_size: int = 64,
+        progress: bool = False,
+        prefixes: Sequence[str] | None = None,  # `prefixes()` if None
+    ) -> Targets:
         "Lines 1 to 4 of Algorithm 1: the target vectors. Raises as `target_vectors`."
-        return target_vectors(self.lm, self.block, facts, self.config.target, batch_size, progress)
+        return target_vectors(self.lm, self.block, facts, self.config.target, batch_size, progress, prefixes)
 
     def old(self) -> dict[str, Float[Tensor, "key_size key_size"]]:
         "$C_0$ of each layer, Eq. 15."
@@ -223,8 +245,10 @@ class MEMIT:
         the model can't read, `SingularGramError`, `NonFiniteTargetError`.
         """
         check_facts(facts)
-        targets = targets or self.targets(facts, batch_size, progress)
-        solved = spread(self.lm, facts, targets, self.old(), self.config, batch_size, progress)
+        prefixes = self.prefixes()
+        targets = targets or self.targets(facts, batch_size, progress, prefixes)
+        rows = SubjectRows(self.lm, facts, prefixes, self.config)
+        solved = spread(self.lm, rows, targets, self.old(), batch_size, progress)
         shifts = {one.layer: one.shift for one in solved}
         about = {"method": self.method, "facts": len(facts), "target_loss": targets.losses.mean().item()}
         return WeightShift(shifts, about)
@@ -273,11 +297,11 @@ class ROME:
     ) -> WeightShift:
         "Each fact on the model that the last one left. Raises as `MEMIT.edit`."
         check_facts(facts)
-        prefixes = random_prefixes(self.lm, self.config.target.prefix_lengths, self.config.target.seed)
+        prefixes = self.memit.prefixes()  # of the unedited model, for the search as for the keys
         shift = torch.zeros(self.lm.shapes[self.layer], dtype=torch.float64, device=self.lm.device)
         for fact in tqdm(facts, desc="ROME", unit="fact", disable=not progress, leave=False):
             with overlaid(self.lm, {self.layer: shift.float()}):
-                targets = self.memit.targets([fact], batch_size)
+                targets = self.memit.targets([fact], batch_size, prefixes=prefixes)
                 rows = SubjectRows(self.lm, [fact], prefixes, self.config)
                 key = at_subjects(self.lm, rows.keys, self.layer, 0, batch_size).mean(0)
             shift += rank_one_update(key, (targets.z - targets.hidden)[0], self.cholesky)

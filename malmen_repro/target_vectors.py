@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SubjectError', 'NonFiniteTargetError', 'subject_end', 'subject_tokens', 'block_of', 'BlockOutput', 'block_output',
-           'resumed_after', 'random_prefixes', 'TargetConfig', 'Targets', 'prefixed', 'target_vectors']
+           'resumed_after', 'random_prefixes', 'TargetConfig', 'Targets', 'prefixed', 'first_answers', 'target_vectors']
 
 # %% ../nbs/11a_target_vectors.ipynb #97c3ea1f
 import re
@@ -214,7 +214,9 @@ def prefixed(
 class _Search:
     "The search for the target vectors of some facts."
 
-    def __init__(self, lm: LanguageModel, block: str, facts: Sequence[Fact], prefixes: list[str], config: TargetConfig):
+    def __init__(
+        self, lm: LanguageModel, block: str, facts: Sequence[Fact], prefixes: Sequence[str], config: TargetConfig
+    ):
         self.lm, self.block, self.config = lm, block, config
         texts, ends = prefixed(facts, prefixes, config.separator)
         each = len(prefixes)
@@ -229,7 +231,7 @@ class _Search:
         self.states, self.as_tuple = [output.states for output in outputs], outputs[0].as_tuple
         firsts = torch.arange(len(facts), device=lm.device) * each  # the bare prompts
         self.hidden = at_least_float32(self.states[0][firsts, self.asked.subjects[firsts]])
-        self.first_mask = _first_answers(self.known.batch)
+        self.first_mask = first_answers(self.known.batch)
         with torch.no_grad():
             self.before = self.essence_log_probabilities(torch.zeros_like(self.hidden))
 
@@ -277,7 +279,7 @@ class _Search:
             return delta.detach(), self.losses(delta)[0]
 
 
-def _first_answers(batch: TokenBatch) -> Bool[Tensor, "batch length"]:
+def first_answers(batch: TokenBatch) -> Bool[Tensor, "batch length"]:
     "Of each row only the first position that outputs the answer."
     mask = torch.zeros_like(batch.answer_mask)
     mask[torch.arange(len(mask)), batch.answer_mask.int().argmax(-1)] = True
@@ -291,6 +293,7 @@ def target_vectors(
     config: TargetConfig | None = None,  # MEMIT's if None
     batch_size: int = 64,  # rows in the language model at once; changes speed and memory, and the rounding
     progress: bool = False,  # show a bar
+    prefixes: Sequence[str] | None = None,  # x_j, the first empty; written by the model as it is now if None
 ) -> Targets:  # in the order of the facts
     """MEMIT, Eq. 16, for all facts.
 
@@ -299,7 +302,8 @@ def target_vectors(
     if lm.family.name != "decoder":
         raise EditorError(f"target vectors are for decoders, not for {type(lm.model).__name__}: choose another method")
     config = config or TargetConfig()
-    prefixes = random_prefixes(lm, config.prefix_lengths, config.seed)
+    if prefixes is None:
+        prefixes = random_prefixes(lm, config.prefix_lengths, config.seed)
     pairs = lm.encode([fact.pair for fact in facts])
     order = sorted(range(len(facts)), key=lambda i: lm.family.length(pairs[i]))
     each, found = max(1, batch_size // len(prefixes)), {}

@@ -20,10 +20,10 @@ from malmen_repro.coachhook import (
 )
 from malmen_repro.editors import EditorError
 from malmen_repro.evaluation import answer_predictions, evaluate
-from malmen_repro.facts import NoFactsError
+from malmen_repro.facts import Fact, NoFactsError
 from malmen_repro.key_statistics import KeyStatisticsMismatchError, key_statistics
-from malmen_repro.memit import MEMIT, MEMITConfig, SubjectRows, at_subjects, memory_update
-from malmen_repro.target_vectors import SubjectError
+from malmen_repro.memit import MEMIT, ROME, MEMITConfig, SubjectRows, at_subjects, memory_update
+from malmen_repro.target_vectors import SubjectError, random_prefixes, subject_end, subject_tokens
 from malmen_repro.weight_shifts import WeightShift, WeightShiftError, overlaid
 from tests.test_memit import CONFIG, LOWER, TEXTS
 from tests.test_target_vectors import DECODERS, QUICK
@@ -234,6 +234,97 @@ def test_the_update_is_the_dense_solution_with_the_earlier_keys():
     torch.testing.assert_close(editor.grams[name], torch.cat(rows).T @ torch.cat(rows), rtol=1e-6, atol=1e-8)
 
 
+def plain_coachhook(lm, batches, statistics, config):
+    "Fig. 2 on one text at a time: shifts and thresholds after every batch."
+    names, last = list(lm.layers), "transformer.h.1"
+    shifts = {name: torch.zeros(shape).double() for name, shape in lm.shapes.items()}
+    grams = {name: torch.zeros(len(shift.T), len(shift.T)).double() for name, shift in shifts.items()}
+    alphas = dict.fromkeys(names, config.alpha)
+
+    def seen(ids, module):
+        now = {}
+        handle = lm.model.get_submodule(module).register_forward_hook(
+            lambda _m, args, output: now.update({0: args[0], 1: output[0] if isinstance(output, tuple) else output})
+        )
+        with torch.no_grad():
+            lm.model(input_ids=torch.tensor([ids]))
+        handle.remove()
+        return now[0][0], now[1][0]
+
+    for some in batches:
+        with HookedShift(dict(shifts), dict(alphas)).applied(lm):
+            z = MEMIT(lm, statistics, config.memit).targets(some).z
+        done, below = {}, dict(alphas)
+        rows = [pair.prompt + pair.answer[:-1] for pair in lm.encode([fact.pair for fact in some])]
+        for i, name in enumerate(names):
+            ready = {one: shifts[one] + done[one] for one in done}
+            with overlaid(lm, {one: shifts[one] for one in names[i:]}), hooked(lm, ready, below):
+                keys = torch.stack([seen(lm.tokenizer(fact.subject)["input_ids"], name)[0][-1] for fact in some])
+                at = [subject_tokens(lm, [f.prompt], [subject_end(f.prompt, f.subject)])[0] for f in some]
+                states = torch.stack([seen(row, last)[1][place] for row, place in zip(rows, at, strict=True)])
+                entered = [seen(row, name)[0] for row in rows]
+            old = config.memit.regularization * statistics.second_moments[name].double() + grams[name]
+            done[name] = memory_update(keys, (z - states) / (len(names) - i), old)
+            norms = [(row @ (shifts[name] + done[name]).T).norm(dim=-1) for row in entered]
+            best = [((one - one.mean()) / one.std(correction=0)).max().item() for one in norms]
+            below[name] = min(below[name], *best)
+            grams[name] = grams[name] + keys.T @ keys
+        shifts, alphas = {name: shifts[name] + done[name] for name in names}, below
+        yield shifts, alphas
+
+
+def test_with_hooks_every_layer_is_solved_for_what_the_model_then_is():
+    lm = toy_model(torch.float64, layers=LOWER, last=None)
+    config = replace(PLAIN, hooks=True)
+    editor = coach(lm, config)
+    batches = [facts(6), facts(5, start=6), facts(4, start=11)]
+    plain = plain_coachhook(lm, batches, editor.memit.statistics, config)
+    for some, (shifts, alphas) in zip(batches, plain, strict=True):
+        editor.edit(some, batch_size=4)
+        assert editor.thresholds == pytest.approx(alphas, rel=1e-8)
+        for name, shift in shifts.items():
+            torch.testing.assert_close(editor.shifts[name], shift, rtol=1e-8, atol=1e-9)
+
+
+def test_rows_end_with_the_subject_unless_hook_layers_read_on():
+    lm, some = toy_model(), facts(4)
+    for keys in ("subject", "prompt"):
+        config = replace(CONFIG, keys=keys)
+        cut, whole = (SubjectRows(lm, some, ["", "w7"], config, whole=one) for one in (False, True))
+        assert len(cut) == len(whole) == 4 and len(cut.keys) == len(whole.keys) == 8
+        for short, long, fact in zip(cut.prompts, whole.prompts, some, strict=True):
+            (pair,) = lm.encode([fact.pair])
+            assert short.prompt == long.prompt and long.prompt + long.answer == pair.prompt + pair.answer
+        assert (cut.keys == whole.keys) == (keys == "subject")
+    plain = CoachHooK(lm := toy_model(layers=LOWER, last=None), key_statistics(lm, TEXTS), PLAIN).edit(some)
+    with plain.applied(lm):  # without hook layers it makes no difference, by causality
+        states = (
+            at_subjects(lm, SubjectRows(lm, some, [""], CONFIG, whole=one).prompts, "transformer.h.1", 1, 3)
+            for one in (False, True)
+        )
+        torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
+
+
+def test_the_search_and_the_keys_have_the_unedited_models_texts(monkeypatch):
+    texts = []
+
+    def drawn(*args):
+        texts.append(random_prefixes(*args))
+        return texts[-1]
+
+    monkeypatch.setattr("malmen_repro.memit.random_prefixes", drawn)
+    monkeypatch.setattr("malmen_repro.target_vectors.random_prefixes", lambda *args: pytest.fail("drawn twice"))
+    behind = replace(CONFIG, target=replace(QUICK, prefix_lengths=(2, 3)))
+    lm = toy_model(layers="transformer.h.1.mlp.c_proj", last=None)
+    statistics = key_statistics(lm, TEXTS)
+    coach, rome = CoachHooK(lm, statistics, CoachHooKConfig(memit=behind)), ROME(lm, statistics, behind)
+    for some in (facts(4), facts(4, start=4)):
+        coach.edit(some)
+        rome.edit(some)
+    MEMIT(lm, statistics, behind).edit(facts(3))
+    assert texts == [random_prefixes(lm, (2, 3), 0)] * 5
+
+
 def test_without_accumulation_the_earlier_keys_do_not_count():
     lm = toy_model(torch.float64, layers="transformer.h.1.mlp.c_proj", last=None)
     (name,) = lm.layers
@@ -266,6 +357,17 @@ def test_the_threshold_falls_to_what_lets_each_fact_pass():
     assert all(editor.thresholds[name] <= first[name] for name in first)
     fixed = coach(config=replace(PLAIN, hooks=True, alpha=3.0, dynamic=False))
     assert set(fixed.edit(some).thresholds.values()) == {3.0}
+
+
+def test_a_row_of_one_token_has_no_part_in_the_threshold():
+    short, config = Fact("w5", "w6", subject="w5"), replace(PLAIN, hooks=True)
+    editor, others = coach(config=config), facts(5)
+    thresholds = editor.edit([*others, short]).thresholds
+    name, *_ = editor.lm.layers  # the layers above see what this one lets through
+    scores = row_scores(editor.lm, [fact.pair for fact in others], {name: editor.shifts[name]})[name]
+    assert thresholds[name] == pytest.approx(min(2.2, *(row.max().item() for row in scores)), rel=1e-4)
+    assert all(map(math.isfinite, thresholds.values()))
+    assert coach(config=config).edit([short]).thresholds == dict.fromkeys(editor.lm.layers, 2.2)
 
 
 def test_the_model_stays_as_it_is_and_memory_does_not_grow():

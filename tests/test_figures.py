@@ -301,6 +301,8 @@ def test_draw_residuals():
     line = own.get_lines()[0]
     assert line.get_xdata().tolist() == [16, 64] and line.get_ydata().tolist() == pytest.approx([0.024, 0.096])
     assert line.get_color() == PALETTE["MALMEN"]
+    thin = [line.get_ydata().tolist() for line in own.get_lines() if line.get_linewidth() < 1]  # a layer each
+    assert thin == [pytest.approx(ys) for ys in ([0.016, 0.064], [0.032, 0.128], [0.66, 1.14], [0.5, 0.5])]
     assert [label.get_text() for label in own.get_xticklabels()] == ["16", "64"]
     assert "Fig. 8" in figure.get_suptitle() and figure.axes[-1].get_xlabel() == "facts edited at once, m"
 

@@ -12,6 +12,7 @@ from malmen_repro.figures import scaling_points
 from malmen_repro.records import RecordError, committed_records, read_record, write_record
 from malmen_repro.verdicts import (
     BELOW_PAPER,
+    PAPER_HOURS,
     STATEMENTS,
     UNSCORED,
     Finding,
@@ -30,6 +31,7 @@ from malmen_repro.verdicts import (
     leads,
     locality_gap,
     loses,
+    lost_in_part,
     margin,
     memory_slopes,
     more_success_more_drawdown,
@@ -47,6 +49,7 @@ from malmen_repro.verdicts import (
     verdict,
     verdict_grid,
     verdict_table,
+    whole_time,
 )
 from tests.handmade import (
     broken,
@@ -268,6 +271,33 @@ def test_time_saved_is_a_mean_over_seeds():
     assert time_saved([*made, record("MALMEN, all tokens", training=100.0)]).ours == "40.0 % (60 s against 100 s)"
 
 
+@pytest.mark.parametrize(
+    ("memit", "expected"),
+    [
+        (33.75, "reproduced"),  # the paper's own
+        (33.75 / 2 + PART, "reproduced"),
+        (33.75 / 2 - PART, "below"),
+        (33.75 * 2 - PART, "reproduced"),
+        (33.75 * 2 + PART, "above"),
+        (1.0, "below"),
+    ],
+)
+def test_whole_time(memit, expected):
+    made = [record("MALMEN", training=12.15), record("MEMIT", training=memit - 0.1), record("MEND", training=9.0)]
+    assert PAPER_HOURS == {"MALMEN": 12.25, "MEMIT": 33.75}  # each edit of a made record takes a tenth of a second
+    found = whole_time(made)
+    assert found.verdict == expected and found.ours.startswith(f"m = 16: MALMEN 12.2 s, MEMIT {memit:.1f} s")
+
+
+def test_whole_time_is_of_one_edit_at_the_largest_m_of_both_and_a_mean_over_seeds():
+    made = [record("MALMEN", 64, seed, training=float(seed)) for seed in (1, 3)]
+    made += [record("MEMIT", 64, training=5.9), record("MALMEN", 256), record("MEMIT", 16), record("MALMEN", 16)]
+    assert whole_time(made).ours == "m = 64: MALMEN 2.1 s, MEMIT 6.0 s, 2.9 times as long"
+    blocks = record("MEMIT", 64, training=5.9, blocks=[64, 64])
+    assert "MEMIT 6.0 s" in whole_time([*made[:2], blocks]).ours  # .05 for the edit
+    assert whole_time(made[:2]) is None and whole_time([record("MALMEN", 16), record("MEMIT", 64)]) is None
+
+
 # --- Figs. 8 and 9
 
 
@@ -379,7 +409,24 @@ def test_sometimes_right(right, expected):
     assert found == Finding(f"{right} of 4", expected)
 
 
-@pytest.mark.parametrize("test", [same_errors, single_tokens, sometimes_right])
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (("Hellennism",), "1 of 1 shown"),  # the paper's five, the last of which loses all
+        (("San York City", "Lauraangaea", "Michael/DC"), "3 of 3 shown"),
+        (("Naples",), "0 of 1 shown"),
+        (("Hellennism", "Naples"), "1 of 2 shown"),
+    ],
+)
+def test_lost_in_part(said, expected):
+    right = {"Hellennism": "Hellenism", "San York City": "New York City", "Lauraangaea": "Pangaea",
+             "Michael/DC": "AC/DC", "Naples": "Rome"}  # fmt: skip
+    gone = [{"target": right[answer], "before": right[answer], "after": answer} for answer in said]
+    found = lost_in_part([failure_record(failure_block(gone=gone))])
+    assert found == Finding(expected, "below" if expected[0] == "0" else "reproduced")
+
+
+@pytest.mark.parametrize("test", [same_errors, single_tokens, sometimes_right, lost_in_part])
 def test_without_a_single_wrong_edit_nothing_can_be_said(test):
     assert test([failure_record(failure_block())]) is None
 
@@ -501,7 +548,7 @@ def test_a_statement_belongs_to_the_figure_of_its_experiment(statement):
 
 def test_statements_are_told_apart():
     assert len({(one.item, one.says) for one in STATEMENTS}) == len(STATEMENTS)
-    assert {f"Fig. {i}" for i in range(4, 10)} | {f"Table {i}" for i in range(1, 5)} <= {one.item for one in STATEMENTS}
+    assert {f"Fig. {i}" for i in range(4, 10)} | {f"Table {i}" for i in range(1, 6)} <= {one.item for one in STATEMENTS}
 
 
 def test_methods_that_statements_ask_for_exist_and_are_run():
