@@ -1,11 +1,13 @@
 """Causal tracing: against forward passes written out by hand, exact identities, every cut into batches, bad input."""
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from matplotlib.container import BarContainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPTJConfig,
@@ -20,6 +22,7 @@ from transformers import (
 from malmen_repro.causal_tracing import (
     ATTENTION,
     KINDS,
+    RESTORED,
     ROLES,
     SEVERED,
     Patch,
@@ -31,6 +34,7 @@ from malmen_repro.causal_tracing import (
     critical_layers_by_gap,
     draw_severed,
     draw_traces,
+    mean_and_interval,
     replaced,
     severed_effects,
     subject_noise,
@@ -38,6 +42,7 @@ from malmen_repro.causal_tracing import (
     token_roles,
     trace,
     traced_modules,
+    tracing_record,
     window,
 )
 from malmen_repro.facts import Fact, NoFactsError
@@ -415,8 +420,9 @@ def test_no_noise_no_effect(lm, kind):
     traced = trace(lm, FACTS, kind, samples=2, width=2, noise=0.0, only_known=False)
     close(lm, traced.corrupted, traced.clean[:, None].expand(-1, 2))
     close(lm, traced.by_fact.nan_to_num(0), torch.zeros_like(traced.by_fact))
-    for effects in severed_effects(lm, FACTS, 2, noise=0.0, only_known=False).values():
-        close(lm, effects, torch.zeros(3, dtype=torch.float64))
+    for entering in RESTORED.values():
+        for effects in severed_effects(lm, FACTS, 2, noise=0.0, only_known=False, entering=entering).values():
+            close(lm, effects, torch.zeros(4, 3, dtype=torch.float64))
 
 
 # --- whole traces against forward passes by hand
@@ -451,12 +457,13 @@ def test_a_trace_by_hand(lm, kind, width):
     assert traced.by_fact.nan_to_num(0).abs().max() > 1e-4  # there was something to agree on
 
 
-def test_severed_effects_by_hand(lm):
+@pytest.mark.parametrize("entering", RESTORED.values(), ids=RESTORED)
+def test_severed_effects_by_hand(lm, entering):
     samples, sigma = 2, deviation(lm)
-    found = severed_effects(lm, FACTS, samples, seed=5, only_known=False)
+    found = severed_effects(lm, FACTS, samples, seed=5, only_known=False, entering=entering)
     assert list(found) == list(SEVERED) == ["plain", "attention severed", "mlp severed"]
-    wanted = torch.zeros(3, 3, dtype=torch.float64)
-    for fact, pair in zip(FACTS, lm.encode([fact.pair for fact in FACTS]), strict=True):
+    wanted = torch.zeros(3, len(FACTS), 3, dtype=torch.float64)
+    for f, (fact, pair) in enumerate(zip(FACTS, lm.encode([fact.pair for fact in FACTS]), strict=True)):
         words, size = fact.prompt.split(), len(fact.subject.split())
         start = words.index(fact.subject.split()[0])
         at, (clean, _) = start + size - 1, note(lm, pair)
@@ -464,25 +471,39 @@ def test_severed_effects_by_hand(lm):
             corrupted, p = note(lm, pair, noise, start)
             for row, kind in enumerate(SEVERED.values()):
                 for layer in range(3):
-                    held = {(kind, later) for later in range(layer + 1, 3)}
-                    restore, hold = put(clean, {("state", layer)}, at), put(corrupted, held, at)
+                    own = entering and kind == "mlp"
+                    held = {(kind, later) for later in range(layer + (not own), 3)}
+                    restored, heard = {("state", layer)}, noise
+                    if entering:
+                        restored = {("state", layer - 1), ("attention", layer)}
+                        heard = noise if layer else torch.cat([noise[:-1], torch.zeros(1, 16, dtype=noise.dtype)])
+                    restore, hold = put(clean, restored, at), put(corrupted, held, at)
 
                     def both(sort, each, states, restore=restore, hold=hold):
                         return restore(sort, each, hold(sort, each, states))
 
-                    wanted[row, layer] += by_hand(lm, pair, noise, start, both) - p
-    wanted /= samples * len(FACTS)
+                    wanted[row, f, layer] += by_hand(lm, pair, heard, start, both) - p
+    wanted /= samples
     close(lm, torch.stack(list(found.values())), wanted)
-    for severed in wanted[1:]:  # there was something to tell apart
-        assert not torch.isclose(wanted[0, :2], severed[:2]).any()
+    for severed in wanted[1:, :, :2].mean(1):  # there was something to tell apart
+        assert not torch.isclose(wanted[0, :, :2].mean(0), severed).any()
+
+
+def test_a_network_without_output_has_no_gap_of_its_own(lm):
+    silent = make(lm.model.config.model_type)
+    for name in traced_modules(silent, "mlp"):
+        for parameter in silent.model.get_submodule(name).parameters():
+            torch.nn.init.zeros_(parameter)
+    effects = severed_effects(silent, FACTS, 2, only_known=False, entering=True)
+    close(silent, effects["mlp severed"], effects["plain"])
 
 
 def test_severed_effects_and_the_trace_agree(lm):
     severed = severed_effects(lm, FACTS, 3, only_known=False)
     traced = trace(lm, FACTS, samples=3, only_known=False)
-    close(lm, severed["plain"], traced.effects[ROLES.index(LAST)])
+    close(lm, severed["plain"], traced.by_fact[:, ROLES.index(LAST)])
     for way in SEVERED:  # above the last block there is nothing to sever
-        close(lm, severed[way][-1], severed["plain"][-1])
+        close(lm, severed[way][:, -1], severed["plain"][:, -1])
 
 
 # --- nothing depends on the cut
@@ -608,7 +629,10 @@ def test_a_third_architecture_runs():
     traced = trace(lm, FACTS, "attention", samples=2, only_known=False)
     assert traced.effects.shape == (6, 3) and traced.effects.isfinite().all()
     severed = severed_effects(lm, FACTS, 2, only_known=False)
-    torch.testing.assert_close(severed["plain"], trace(lm, FACTS, samples=2, only_known=False).effects[2])
+    torch.testing.assert_close(severed["plain"], trace(lm, FACTS, samples=2, only_known=False).by_fact[:, 2])
+    entering = severed_effects(lm, FACTS, 2, only_known=False, entering=True)
+    gap = entering["plain"] - entering["mlp severed"]
+    assert gap[:, :2].all() and gap[:, 2].nonzero().tolist() == [[1]]  # the last network acts at the prompt's end alone
 
 
 def test_the_model_stays_as_it_was(lm):
@@ -657,21 +681,63 @@ def test_progress(gpt2, run, capsys):
     ],
 )
 def test_range_by_gap(gap, share, wanted):
-    base = torch.linspace(0, 1, len(gap))
-    effects = {"plain": base + torch.tensor(gap), "attention severed": base, "mlp severed": base}
-    assert critical_layers_by_gap(effects, share - 1e-6) == wanted
+    assert critical_layers_by_gap(gap, share - 1e-6) == wanted
 
 
 def test_no_gap():
-    effects = {"plain": torch.zeros(3), "mlp severed": torch.tensor([0.0, 0.1, 0.0])}
     with pytest.raises(TracingError, match="takes nothing from any state"):
-        critical_layers_by_gap(effects)
+        critical_layers_by_gap([0.0, -0.1, 0.0])
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.1, math.nan])
 def test_bad_share(share):
     with pytest.raises(TracingError, match=f"share={share}: must be above 0 and at most 1"):
-        critical_layers_by_gap({"plain": torch.ones(1), "mlp severed": torch.zeros(1)}, share)
+        critical_layers_by_gap([1.0], share)
+
+
+# --- means, intervals, records
+
+
+def test_means_and_intervals_of_the_facts_that_have_a_value():
+    by_fact = torch.randn(400, 2, 3, generator=torch.Generator().manual_seed(0)) + torch.arange(3.0)
+    by_fact[100:, 0, 1], by_fact[:, 1, 0] = math.nan, math.nan
+    found = mean_and_interval(by_fact)
+    mean, interval = torch.tensor(found["mean"]), torch.tensor(found["interval"])
+    torch.testing.assert_close(mean, by_fact.nanmean(0), equal_nan=True)
+    assert interval.shape == (2, 3, 2) and interval.isnan().nonzero().tolist() == [[1, 0, 0], [1, 0, 1]]
+    assert str(found) == str(mean_and_interval(by_fact))  # as text, for no NaN is equal to another
+    for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2)):
+        values = by_fact[:, i, j][by_fact[:, i, j].isfinite()]
+        half = 1.96 * values.std() / len(values) ** 0.5
+        torch.testing.assert_close(interval[i, j], mean[i, j] + torch.stack([-half, half]), rtol=0, atol=0.2 * half)
+
+
+def test_interval_of_one_fact_or_of_equal_ones():
+    for count in (1, 5):
+        assert mean_and_interval(torch.full((count, 1), 0.25)) == {"mean": [0.25], "interval": [[0.25, 0.25]]}
+
+
+def test_a_record_holds_the_traces_and_the_severed_effects(gpt2):
+    options = {"samples": 2, "seed": 3, "noise": 2.0, "only_known": False}
+    record = tracing_record(gpt2, FACTS, width=2, **options)
+    assert json.loads(json.dumps(record)).keys() == {"traces", "severed"}  # plain, apart from its NaN
+    for kind, each in zip(KINDS, record["traces"], strict=True):
+        traced = trace(gpt2, FACTS, kind, width=2, **options)
+        assert (each["kind"], each["width"]) == (kind, 1 if kind == "state" else 2)
+        assert (each["facts"], each["samples"], each["left out"], each["counts"]) == (4, 2, 0, traced.counts.tolist())
+        torch.testing.assert_close(torch.tensor(each["effects"]["mean"]).double(), traced.effects, equal_nan=True)
+        assert each["clean"] == pytest.approx(traced.clean.mean().item())
+        assert each["corrupted"] == pytest.approx(traced.corrupted.mean().item())
+        assert each["deviation"] == pytest.approx(traced.deviation)
+    assert list(record["severed"]) == list(RESTORED)
+    for name, entering in RESTORED.items():
+        effects = severed_effects(gpt2, FACTS, entering=entering, **options)
+        found = record["severed"][name]
+        assert list(found) == [*SEVERED, "gap"]
+        for way in SEVERED:
+            assert found[way]["mean"] == pytest.approx(effects[way].mean(0).tolist())
+        by_fact = effects["plain"] - effects["mlp severed"]  # so the interval is that of differences
+        assert found["gap"] == mean_and_interval(by_fact)
 
 
 # --- pictures
@@ -680,14 +746,16 @@ def test_bad_share(share):
 def made(kind="state", blocks=3, facts=4):
     by_fact = torch.rand(facts, len(ROLES), blocks, generator=torch.Generator().manual_seed(0))
     by_fact[1:, 1] = math.nan
-    return Trace(kind, by_fact, torch.full((facts,), 0.5), torch.full((facts, 2), 0.25), FACTS[:facts], 0, 0.1, 10)
+    between, width = (torch.full((facts,), 0.5), torch.full((facts, 2), 0.25)), 1 if kind == "state" else 10
+    return Trace(kind, by_fact, *between, FACTS[:facts], 0, 0.1, width)
 
 
-def test_picture_of_traces(tmp_path):
-    figure = draw_traces([made(kind) for kind in KINDS], tmp_path / "deep" / "traces")
+def test_picture_of_traces():
+    figure = draw_traces([made(kind).summary() for kind in KINDS])
     axes = [ax for ax in figure.axes if ax.get_title()]
-    titles = ["one state", "feed-forward, 10 in a run", "attention, 10 in a run"]
+    titles = ["state", "feed-forward, 10 in a run", "attention, 10 in a run"]
     assert [ax.get_title() for ax in axes] == titles
+    assert [ax.get_xlabel() for ax in axes] == ["block", "middle block", "middle block"]
     labels = [label.get_text() for label in axes[0].get_yticklabels()]
     assert labels == [f"{role} ({1 if role == MIDDLE else 4})" for role in ROLES]
     assert not axes[1].get_yticklabels()
@@ -695,19 +763,24 @@ def test_picture_of_traces(tmp_path):
     scales = {ax.collections[0].get_clim() for ax in axes}
     assert len(scales) == 1 and next(iter(scales))[0] == 0
     assert len(axes[0].texts) == 18  # a number a cell
-    numbers = [text.get_text() for text in draw_traces([replace(made(), by_fact=-1e-6 * made().by_fact)]).axes[0].texts]
-    assert numbers == ["0.00"] * 18
-    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["traces.png", "traces.svg"]
+    small = replace(made(), by_fact=-1e-6 * made().by_fact).summary()
+    assert [text.get_text() for text in draw_traces([small]).axes[0].texts] == ["0.00"] * 18
+
+
+def test_picture_of_a_role_that_no_fact_has():
+    summary = made().summary()
+    summary["effects"]["mean"][1] = [None] * 3  # what a record has for NaN
+    assert len(draw_traces([summary]).axes[0].texts) == 15
 
 
 def test_picture_of_one_trace_of_many_blocks():
-    figure = draw_traces([made(blocks=28)])
+    figure = draw_traces([made(blocks=28).summary()])
     assert not figure.axes[0].texts
 
 
 def test_picture_of_no_effect_at_all():
     flat = made()
-    draw_traces([replace(flat, by_fact=torch.zeros_like(flat.by_fact))])
+    draw_traces([replace(flat, by_fact=torch.zeros_like(flat.by_fact)).summary()])
 
 
 def test_no_picture_of_nothing():
@@ -715,11 +788,17 @@ def test_no_picture_of_nothing():
         draw_traces([])
 
 
-def test_picture_of_severed_effects(tmp_path):
-    effects = {way: torch.tensor([0.3, 0.2, 0.1]) * (i + 1) for i, way in enumerate(SEVERED)}
-    figure = draw_severed(effects, tmp_path / "severed")
-    (ax,) = figure.axes
-    heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
-    torch.testing.assert_close(torch.tensor(heights).float(), torch.stack(list(effects.values())))
+def test_picture_of_severed_effects():
+    effects = {way: torch.rand(9, 3, generator=torch.Generator().manual_seed(i)) for i, way in enumerate(SEVERED)}
+    panel = {way: mean_and_interval(each) for way, each in effects.items()}
+    figure = draw_severed({"one": panel, "other": panel})
+    assert [ax.get_title() for ax in figure.axes] == ["restored: one", "restored: other"]
+    for ax in figure.axes:
+        bars = [each for each in ax.containers if isinstance(each, BarContainer)]
+        heights = [[bar.get_height() for bar in each] for each in bars]
+        torch.testing.assert_close(
+            torch.tensor(heights).float(), torch.stack([each.mean(0) for each in effects.values()])
+        )
+        ends = [[line[:, 1].tolist() for line in each.errorbar.lines[2][0].get_segments()] for each in bars]
+        torch.testing.assert_close(torch.tensor(ends), torch.tensor([each["interval"] for each in panel.values()]))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(SEVERED)
-    assert (tmp_path / "severed.svg").exists() and (tmp_path / "severed.png").exists()
