@@ -448,7 +448,7 @@ def draw_memory(
     import seaborn as sns
     from matplotlib.figure import Figure
 
-    from malmen_repro.figures import save_figure  # a later room may list this figure
+    from malmen_repro.figures import save_figure  # a later notebook may list this figure
 
     if not records:
         raise RecordError("there are no records to draw; run the experiment first")
@@ -460,7 +460,7 @@ def draw_memory(
     for procedure, curve in memory_curves(records).items():
         _draw_curve(ax, procedure, curve, first_not_fitting(records, procedure), limit, up_to)
     counts = sorted({2**5, up_to, *(r["configuration"]["cell"]["num_facts"] for r in records)})
-    ax.plot(counts, [_cached(records[0], m) / GIB for m in counts], color="grey", linestyle=":", label="cached tokens")
+    ax.plot(counts, [_cached(records[0], m) / GIB for m in counts], color="grey", linestyle="-.", label="cached tokens")
     ax.set(xscale="log", yscale="log", xlabel="facts edited at once, m", ylabel="peak of all tensors, GiB")
     ax.set_xscale("log", base=2)
     ax.set_title(_memory_title(records), fontsize=10)
