@@ -13,13 +13,13 @@ from malmen_repro.keys_and_gradients import KeysAndGradients
 from malmen_repro.normal_equation import aggregate
 from malmen_repro.released_code import (
     VARIANTS,
-    BiasedVariance,
     Epsilon,
     EpsilonAtSpread,
     EpsilonMoments,
     FixedRegularization,
     HalfPrecisionSmallShifts,
     HalfPrecisionWeights,
+    InflatedVariance,
     OuterScale,
     OuterScaleBlock,
     PlainRate,
@@ -213,13 +213,13 @@ def test_editing_moves_biased_statistics_and_no_others():
         before = {layer: editor.networks.of(layer)[0].keys.count.clone() for layer in editor.lm.layers}
         one, two = editor.edit(others), editor.edit(others)
         moved = [(editor.networks.of(layer)[0].keys.count > count).all() for layer, count in before.items()]
-        assert all(moved) if kind is BiasedVariance else not any(moved), kind
-        assert torch.equal(flat(one), flat(two)) == (kind is not BiasedVariance), kind
+        assert all(moved) if kind is InflatedVariance else not any(moved), kind
+        assert torch.equal(flat(one), flat(two)) == (kind is not InflatedVariance), kind
 
 
 def test_refused_facts_leave_biased_statistics_alone():
     facts = toy_facts(3)
-    editor = make(BiasedVariance)
+    editor = make(InflatedVariance)
     with pytest.raises(UntrainedEditorError):
         editor.edit(facts)
     assert not editor.has_moments
@@ -233,7 +233,7 @@ def test_refused_facts_leave_biased_statistics_alone():
 
 
 def test_biased_statistics_are_cut_in_chunks():
-    editor = make(BiasedVariance)
+    editor = make(InflatedVariance)
     cached = cache_tokens(editor, [fact.pair for fact in toy_facts(8)], 100)
     editor.update_moments(cached)
     for layer, tokens in cached.items():
@@ -379,7 +379,7 @@ def test_the_batch_size_matters_only_where_it_is_said_to(kind):
     close = (one - two).norm() < 1e-3 * one.norm()
     if kind in (MALMEN, Epsilon, EpsilonAtSpread, FixedRegularization, PlainRate, PlainRateTenfold, OuterScale):
         assert close
-    if kind in (TokenMean, BiasedVariance):
+    if kind in (TokenMean, InflatedVariance):
         assert not close
 
 
