@@ -297,6 +297,9 @@ def test_draw_residuals():
     assert texts[0] == ["MALMEN (normal equation)", "MEND (sum)"]
     assert texts[1] == ["sum, MALMEN's tokens", "normal equation, MALMEN's tokens"]
     assert own.get_title() == "each in its own way" and own.get_ylabel() == "a: mean residual"
+    assert figure.get_suptitle().endswith("over layers and 2 seeds")
+    alone = draw_residuals(fig8(seeds=(0,)))
+    assert alone.get_suptitle().endswith("over layers, 1 seed") and alone.axes[0].get_ylabel() == "mean residual"
     assert survives.get_ylabel() == "share that survives"
     line = own.get_lines()[0]
     assert line.get_xdata().tolist() == [16, 64] and line.get_ydata().tolist() == pytest.approx([0.024, 0.096])
@@ -390,11 +393,17 @@ def test_failure_table_without_failures():
 # --- pictures
 
 
-def test_every_main_method_has_a_colour_and_a_marker_of_its_own():
-    from malmen_repro.experiments import MAIN_METHODS
+def test_every_method_of_a_picture_has_a_colour_and_a_marker_of_its_own():
+    from malmen_repro.experiments import ALL_METHODS, MAIN_METHODS
 
     for looks in (PALETTE, MARKERS):
-        assert set(MAIN_METHODS) <= looks.keys() and len(set(looks.values())) == len(looks)
+        assert {*MAIN_METHODS, *ALL_METHODS} <= looks.keys() and len(set(looks.values())) == len(looks)
+
+
+def test_a_curve_that_lies_on_another_lets_it_be_seen():
+    lines = draw_scaling([record(method, m) for method in ("MEMIT", "CoachHooK") for m in (1, 2)]).axes[0].get_lines()
+    assert [line.get_linestyle() for line in lines] == ["-", "-."]
+    assert [line.get_markerfacecolor() for line in lines] == [PALETTE["MEMIT"], "none"]
 
 
 @pytest.mark.parametrize(("size", "text"), [
@@ -402,26 +411,35 @@ def test_every_main_method_has_a_colour_and_a_marker_of_its_own():
 def test_figure_title_says_the_size(size, text):
     one = record("MEND", 16, 0, 0.5)
     one["model"]["parameters"] = int(size)
-    assert f"gpt2 of {text} parameters, 1 seed" in figure_title([one])
+    assert figure_title([one]).endswith(f", toys, gpt2 of {text} parameters")
 
 
 def test_figure_title_names_experiment_and_figure():
     title = figure_title([record(experiment="scaling_gptj", tier="shapes", seed=seed) for seed in (0, 1)])
     experiment = EXPERIMENTS["scaling_gptj"]
-    assert title.startswith(f"Shapes tier: {experiment.title} (Fig. 7), ") and title.endswith("2 seeds")
+    assert title.startswith(f"Shapes tier: {experiment.title} (Fig. 7), toys, gpt2 of ")
     assert figure_title([record()]).startswith("Tiny tier: toy, ")
+
+
+def test_figure_title_names_a_data_set_once():
+    assert "(Fig. 7), gpt2" in figure_title([record(experiment="scaling_gptj", data_set=name) for name in "ab"])
+    assert figure_title([record(experiment="editors_zsre", data_set="zsre")]).lower().count("zsre") == 1
 
 
 def test_figure_says_tier_model_and_seeds():
     grid = itertools.product(TOY_METHODS, (16, 1037), (0, 1), ("a", "b"))
     figure = draw_scaling([record(method, m, seed, 0.5, data_set=name) for method, m, seed, name in grid])
     title = figure.get_suptitle()
-    assert "Tiny tier" in title and "1.5 M" in title and "2 seeds" in title and "standard deviation" in title
+    assert "Tiny tier" in title and "1.5 M" in title and title.count("2 seeds") == 1 and "standard deviation" in title
     assert len(figure.axes) == 6 and [ax.get_title() for ax in figure.axes[:3]] == ["ES", "GS", "LS"]
     assert [label.get_text() for label in figure.axes[5].get_xticklabels()] == ["16", "1037"]
     lines = figure.axes[2].get_lines()
     assert lines[-1].get_linestyle() == "--" and lines[-1].get_ydata().tolist() == [0.9, 0.9]
-    assert len(figure.axes[0].get_lines()) == 3 and figure.axes[0].get_ylabel() == "a"
+    assert len(figure.axes[0].get_lines()) == 3 and [figure.axes[i].get_ylabel() for i in (0, 3)] == [
+        "a, per cent", "b, per cent"
+    ]  # fmt: skip
+    assert [figure.axes[0].yaxis.get_major_formatter()(y) for y in (0.2, 1)] == ["20", "100"]
+    assert draw_scaling([record()]).axes[0].get_ylabel() == "per cent"
 
 
 def test_a_figure_is_drawn_from_records_alone_and_is_deterministic(tmp_path):
@@ -630,3 +648,7 @@ def test_case_panels_show_the_level_before_the_edit(tmp_path):
     lines = {line.get_label(): list(line.get_ydata()) for line in titles["NS"].lines}
     assert lines == {"MEMIT": [0.7, 0.7], "before editing": [0.9, 0.9]}
     assert len(titles["ES"].lines) == 1 and titles["GE"].get_ylim()[1] > 2
+    assert {name: titles[name].get_ylabel() for name in ("S", "GE")} == {"S": "per cent", "GE": "bits"}
+    assert figure.get_suptitle().endswith("\nmeans over cases, 1 seed")
+    several = draw_cases([case_record(seed=seed) for seed in (0, 1)])
+    assert several.get_suptitle().endswith("over 2 seeds")
