@@ -17,6 +17,7 @@ except ModuleNotFoundError:  # not installed: the checkout that this file lies i
     from malmen_repro.facts import LABELS, Fact, load_facts, other_label, pair_unrelated, save_facts
 
 SEED = 0  # of every draw below; a published set is prepared in one way only
+PASSAGES = 100_000  # of the corpus (MEMIT, Appendix B.4)
 AGREE = 0.9  # the share of claims whose label must agree before a number is taken for a label
 
 
@@ -173,6 +174,41 @@ def malmen_claims(
     return len(load_facts(out))
 
 
+def question_subjects(
+    sources: Sources,  # zsRE as KILT has it (input, meta.template_questions) or as ROME has it (src, subject)
+    out: Path,
+) -> int:
+    "One row a question: whom or what it asks about. A question that two subjects share is left out."
+    found: dict[str, set[str]] = {}
+    for row in (row for path in sources.values() for row in read_rows(path)):
+        if "src" in row:
+            subject, questions = row["subject"], [row["src"]]
+        else:
+            subject, questions = row["input"].split(" [SEP] ")[0], row["meta"]["template_questions"]
+        for question in questions:
+            found.setdefault(question.strip(), set()).add(subject.strip())
+    rows = [{"question": question, "subject": names.pop()} for question, names in found.items() if len(names) == 1]
+    if not rows:
+        raise ConversionError("no question has one subject")
+    write_rows(rows, out)
+    return len(rows)
+
+
+def passages(
+    sources: Sources,  # WikiText: text, a passage or a heading (= Such =) or nothing
+    out: Path,  # plain text, xz, a passage a line
+) -> int:
+    "Passages drawn at random; headings and empty rows are left out."
+    with _only(sources).open(encoding="utf-8") as file:  # line by line: it is half a gigabyte
+        texts = (" ".join(json.loads(line)["text"].split("\n")).strip() for line in file)
+        kept = [text for text in texts if text and not (text.startswith("=") and text.endswith("="))]
+    if not kept:
+        raise ConversionError("there is no passage")
+    drawn = random.Random(SEED).sample(kept, min(PASSAGES, len(kept)))
+    out.write_bytes(lzma.compress("".join(f"{text}\n" for text in drawn).encode("utf-8")))
+    return len(drawn)
+
+
 def _members(
     archive: zipfile.ZipFile,
     folder: str,  # such as data/trex_lms_vocab
@@ -224,6 +260,8 @@ CONVERTERS: dict[str, Callable[[Sources, Path], int]] = {
     "with_claims_to_train": lambda sources, out: with_claims(sources, out, 0),
     "with_claims_to_evaluate": lambda sources, out: with_claims(sources, out, 1),
     "malmen_claims": malmen_claims,
+    "question_subjects": question_subjects,
+    "passages": passages,
     "pararel_patterns": pararel_patterns,
     "pararel_facts": pararel_facts,
 }

@@ -376,6 +376,38 @@ def test_numbers_that_agree_with_no_label(tmp_path):
             converters.malmen_claims(sources(tmp_path, facts=rows, labels=KILT), tmp_path / "out")
 
 
+def zero_shot(subject, *questions):
+    return {"input": f"{subject} [SEP] occupation", "meta": {"template_questions": list(questions)}, "output": []}
+
+
+def test_subjects_of_questions(tmp_path):
+    train = [zero_shot("Ada", "What was Ada?", "Ada's trade?"), zero_shot("Bob", "Who?"), zero_shot("Eve", "Who?")]
+    dev = [zero_shot("Bob", "What was Bob? "), zero_shot("Ada", "Ada's trade?")]
+    out = tmp_path / "out.jsonl.xz"
+    assert converters.question_subjects(sources(tmp_path, train=train, dev=dev), out) == 3
+    expected = {"What was Ada?": "Ada", "Ada's trade?": "Ada", "What was Bob?": "Bob"}  # "Who?" may be either
+    assert {row["question"]: row["subject"] for row in read(out)} == expected
+    rome = [{"subject": "Ada", "src": "What was Ada?", "rephrase": "x", "answers": ["y"]}]
+    assert converters.question_subjects(sources(tmp_path, facts=rome), out) == 1
+    assert read(out) == [{"question": "What was Ada?", "subject": "Ada"}]
+    with pytest.raises(converters.ConversionError, match="no question"):
+        converters.question_subjects(sources(tmp_path, train=train[1:]), out)
+
+
+def test_passages(tmp_path, monkeypatch):
+    texts = ["", " = Heading = \n", *(f" Passage {i} . \n" for i in range(6)), " = = Part = = \n", "a\nb"]
+    made_, out = sources(tmp_path, rows=[{"text": text} for text in texts]), tmp_path / "out.txt.xz"
+    assert converters.passages(made_, out) == 7
+    found = lzma.decompress(out.read_bytes()).decode().splitlines()
+    assert set(found) == {*(f"Passage {i} ." for i in range(6)), "a b"}
+    monkeypatch.setattr(converters, "PASSAGES", 3)
+    assert converters.passages(made_, out) == 3
+    first = out.read_bytes()
+    assert converters.passages(made_, out) == 3 and out.read_bytes() == first
+    with pytest.raises(converters.ConversionError, match="no passage"):
+        converters.passages(sources(tmp_path, rows=[{"text": ""}]), out)
+
+
 def pararel_archive(path, names=("P36",)):
     patterns = ["The capital of [X] is [Y] .", "[Y] is the capital city of [X].", "[X] is governed from [Y]."]
     facts = [{"sub_label": f"Land {i}", "obj_label": f"Town {i}", "uuid": "x"} for i in range(8)]
@@ -700,7 +732,8 @@ def all_sources():
 
 
 def test_every_set_of_the_paper_tier_is_there():
-    assert {"zsre", "fever", "fever2", "nq", "counterfact"} <= set(the_manifest()["data_sets"])
+    names = {"zsre", "zsre_subjects", "fever", "fever2", "nq", "counterfact", "corpus"}
+    assert names <= set(the_manifest()["data_sets"])
     for data_set in the_manifest()["data_sets"].values():
         assert all(data_set[name] for name in ("what", "used_for", "licence", "home", "sources"))
 
@@ -714,6 +747,8 @@ def test_manifest(name, item):
         assert download["sha256"] is None or re.fullmatch(r"[0-9a-f]{64}", download["sha256"])
         assert {"revision", "bytes", "rows"} <= set(download) and download["rows_from"] and download["checked"]
         assert download.get("address", "https://").startswith("https://")
+        if "raw.githubusercontent.com" in download.get("address", ""):
+            assert re.fullmatch(r"[0-9a-f]{40}", download["revision"]) and download["revision"] in download["address"]
     for made_ in item["becomes"]:
         assert made_["converter"] in converters.CONVERTERS and made_["split"] and "rows" in made_
         for source_ in made_["from"].values():
