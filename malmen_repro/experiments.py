@@ -7,11 +7,11 @@ __all__ = ['LAMBDAS', 'METHODS', 'MAIN_METHODS', 'TABLE_METHODS', 'BATCH_METHODS
            'MEMIT_METHODS', 'SMALL_MEMIT_METHODS', 'FEW_MEMIT_METHODS', 'FEW_HOOK_METHODS', 'FEW_TABLE_METHODS',
            'SMALL_METHODS', 'CONSECUTIVE_METHODS', 'ALL_METHODS', 'SMALL_KNOWN', 'SMALL_QUESTIONS', 'SMALL_STACKS',
            'BASE_QUESTIONS', 'SMALL_CLAIMS', 'MIXED', 'SMALL_ABLATION', 'EXPERIMENTS', 'SETTINGS', 'SCHEMA',
-           'SettingsOf', 'OBSERVED', 'ExperimentError', 'UnknownExperimentError', 'CellError', 'Method', 'Cell', 'slug',
-           'Plan', 'Experiment', 'find_experiment', 'cells_of', 'trained_for', 'at', 'training_settings',
-           'EvaluationConfig', 'altered', 'configuration', 'condensed', 'edited_model', 'trained_editor',
-           'without_training', 'editor_of', 'evaluation_blocks', 'pooled', 'run_cell', 'edited_in_batches', 'scores_of',
-           'learned', 'run_cells', 'changed', 'check_same_bench']
+           'SettingsOf', 'OBSERVED', 'ExperimentError', 'UnknownExperimentError', 'CellError', 'LeftOutWarning',
+           'Method', 'Cell', 'slug', 'Plan', 'Experiment', 'find_experiment', 'cells_of', 'trained_for', 'at',
+           'training_settings', 'EvaluationConfig', 'altered', 'configuration', 'condensed', 'edited_model',
+           'trained_editor', 'without_training', 'editor_of', 'evaluation_blocks', 'pooled', 'run_cell',
+           'edited_in_batches', 'scores_of', 'learned', 'run_cells', 'left_out', 'changed', 'check_same_bench']
 
 # %% ../nbs/15_experiments.ipynb #0d6b1775
 import json
@@ -21,6 +21,7 @@ import re
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from .extra_measures import EXTRAS
 from .facts import Fact, MalmenError, near_misses
 from .language_models import LanguageModel, feed_forward
 from .normal_equation import SingularGramError
-from .ready_editors import READY, fitted, ready_editor, ready_settings, seconds_to_make
+from .ready_editors import READY, fitted, missing_for, ready_editor, ready_settings, seconds_to_make
 from malmen_repro.records import (
     RecordConflictError,
     differences,
@@ -70,6 +71,10 @@ class UnknownExperimentError(ExperimentError):
 
 class CellError(MalmenError, ArithmeticError):
     "Some cells broke down numerically; the others are done."
+
+
+class LeftOutWarning(UserWarning):
+    "Cells of a method are not run, because the bench has not what the method needs."
 
 # %% ../nbs/15_experiments.ipynb #fb7390bf
 @dataclass(frozen=True)
@@ -191,6 +196,11 @@ class Experiment:
     batch: int = 0  # facts edited at once, batch after batch with no rolling back; 0 for all of a cell's facts
 
 # %% ../nbs/15_experiments.ipynb #6facda22
+def _shapes(methods: tuple[str, ...], full: tuple[int, ...] = ()) -> Plan:
+    "The paper's shapes with random weights: the whole path once, at one small m."
+    return Plan({"world": (64,)}, 1, methods, full_num_facts={"world": full} if full else {}, full_seeds=1)
+
+
 def _scaling(title: str, figure: str, family: str, paper: dict, small: Plan | None = None) -> Experiment:
     "One of Figs. 4 to 7."
     few, many = (16, 64), (16, 64, 256, 1024)
@@ -200,13 +210,13 @@ def _scaling(title: str, figure: str, family: str, paper: dict, small: Plan | No
     if small is not None:
         plans["small"] = small
     plans["paper"] = Plan(paper, 3, methods)
-    plans["shapes"] = Plan({"world": (64,)}, 1, ("MALMEN",), full_num_facts={"world": (64, 1024)}, full_seeds=1)
+    plans["shapes"] = _shapes(tuple(method for method in methods if method != "MALMEN untrained"), (64, 1024))
     about = "ES, GS and LS against the number of facts edited at once."
     return Experiment(f"Scaling with the number of facts, {title}", figure, family, about, plans)
 
 
-def _ablations(title: str, figure: str, family: str, small: Plan | None = None) -> Experiment:
-    "A column of Table 1, for one family."
+def _ablations(title: str, figure: str, family: str, small: Plan | None = None, paper: int = 512) -> Experiment:
+    "A column of Table 1, for one family, or Table 2; `paper` is its m."
     data_set = "claims" if family == "classifier" else "world"
     methods = ("MALMEN", "MEND", "MALMEN, no regularisation", "MALMEN, first layer", "MALMEN, all tokens")
     if family == "encoder-decoder":
@@ -215,7 +225,8 @@ def _ablations(title: str, figure: str, family: str, small: Plan | None = None) 
     plans = {"tiny": Plan({data_set: (64,)}, 1, methods, full_num_facts={data_set: many})}
     if small is not None:
         plans["small"] = replace(small, methods=methods)
-    plans["paper"] = Plan({"fever" if family == "classifier" else "zsre": (512,)}, 3, methods)
+    plans["paper"] = Plan({"fever" if family == "classifier" else "zsre": (paper,)}, 3, methods)
+    plans["shapes"] = _shapes(methods)
     about = "MALMEN with one part changed: shifts summed (MEND), no regularisation, first FFN layer, all tokens cached."
     return Experiment(f"Ablations, {title}", figure, family, about, plans, shown_as="variants")
 
@@ -266,13 +277,14 @@ EXPERIMENTS: dict[str, Experiment] = {
             "tiny": Plan({"world": (16, 64)}, 1, ("MALMEN", "MEND"), full_num_facts={"world": (16, 64, 256, 1024)}),
             "small": replace(SMALL_QUESTIONS, methods=("MALMEN", "MEND")),
             "paper": Plan({"zsre": tuple(2**k for k in range(6, 13))}, 3, ("MALMEN", "MEND")),
+            "shapes": _shapes(("MALMEN", "MEND")),
         },
         extras=("residuals",), shown_as="residuals",
     ),
     "ablations_classifier": _ablations("classifier", "Table 1", "classifier"),
     "ablations_decoder": _ablations("decoder", "Table 1", "decoder", SMALL_ABLATION),
     "ablations_encoder_decoder": _ablations("encoder-decoder", "Table 1", "encoder-decoder"),
-    "ablations_gptj": _ablations("GPT-J", "Table 2", "gptj"),
+    "ablations_gptj": _ablations("GPT-J", "Table 2", "gptj", paper=8192),
     "mend_setting": _mend("encoder-decoder", "Table 3", (5, 25, 75, 125), SMALL_KNOWN),
     "mend_setting_decoder": _mend("decoder", "Table 3, decoder", (1, 5, 25)),
     "mend_setting_gptj": _mend("gptj", "Table 3, GPT-J", (1, 5, 25)),
@@ -284,6 +296,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "tiny": Plan({"world": (64,)}, 1, ("MALMEN",), full_num_facts={"world": (256,)}, full_seeds=1),
             "small": Plan({"zsre": (1037,)}, 1, ("MALMEN",), trained_at=(64,), full_seeds=1),
             "paper": Plan({"zsre": (8192,)}, 1, ("MALMEN",), full_seeds=1),
+            "shapes": _shapes(("MALMEN",)),
         },
         extras=("failures",), shown_as="failures",
     ),
@@ -775,15 +788,16 @@ def run_cells(
     fresh: bool = False,  # run all cells anew, over the records and editors that are there
     progress: bool = True,  # show bars
 ) -> list[dict[str, Any]]:  # the records, in the order of the cells
-    """Fill cells, going on where the records end.
+    """Fill cells, going on where the records end. A cell that the bench has not what it needs for gets no record.
 
-    Raises `RecordConflictError` before any work, and `CellError` after all of it if cells broke down.
+    Warns of those with `LeftOutWarning` before the work on their bench, and raises `ExperimentError` if no cell is
+    left; raises `RecordConflictError` before any work, and `CellError` after all of it if cells broke down.
     """
     out, done = Path(out_dir), set() if fresh else None
     asked = {cell: configuration(cell, settings, evaluation) for cell in cells}
     records = {cell: None if fresh else existing_record(out / cell.path, asked[cell]) for cell in cells}
     pending = sorted((cell for cell in cells if records[cell] is None), key=_place)
-    at, bench, found, failures = None, None, {}, []
+    at, bench, found, failures, lacking = None, None, {}, [], {}
     start = len(cells) - len(pending)
     with tqdm(total=len(cells), initial=start, desc="cells", unit="cell", disable=not progress) as bar:
         for cell in pending:
@@ -792,9 +806,13 @@ def run_cells(
                 bench = None  # let go of the last one first
                 bench = changed(bench_for(cell.tier, cell.family, cell.seed), cell)
                 found = fingerprints(bench)
+                lacking |= left_out([other for other in pending if _place(other) == at], bench)
             check_same_bench(cell, found, bench, [r for r in records.values() if r], out)
             if fresh:
                 (out / cell.path).unlink(missing_ok=True)  # if it breaks down, the old one must not stand in
+            if cell in lacking:
+                bar.update()
+                continue
             try:
                 records[cell] = run_cell(cell, bench, asked[cell], found, out, progress, done)
             except ArithmeticError as error:
@@ -807,7 +825,24 @@ def run_cells(
     if failures:
         reasons = "; ".join(failures)
         raise CellError(f"{len(failures)} of {len(cells)} cells broke down, the others are done: {reasons}")
-    return [records[cell] for cell in cells]
+    if cells and len(lacking) == len(cells):
+        raise ExperimentError(f"no cell can be run: {'; '.join(dict.fromkeys(lacking.values()))}")
+    return [records[cell] for cell in cells if cell not in lacking]
+
+
+def left_out(
+    cells: Sequence[Cell],  # of one bench
+    bench: Bench,
+) -> dict[Cell, str]:  # the reason of each
+    "The cells that cannot be run on a bench, with a `LeftOutWarning` for each method among them."
+    found = {}
+    for cell in cells:
+        name, facts = METHODS[cell.method].ready, bench.eval_facts.get(cell.data_set, [])
+        if name and (reason := missing_for(name, bench, facts)):
+            found[cell] = f"{cell.experiment}: {cell.method} is left out, as {reason}; see data_scripts/README.md"
+    for text in dict.fromkeys(found.values()):
+        warnings.warn(f"{text}. The other methods go on", LeftOutWarning, stacklevel=3)
+    return found
 
 
 def _place(cell: Cell) -> tuple[str, str, int, str]:

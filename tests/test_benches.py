@@ -18,6 +18,7 @@ from malmen_repro.benches import (
     bench_loader,
     check_model,
     check_tier,
+    how_to_get,
     load_language_model,
     only_file,
     paper_bench,
@@ -141,7 +142,7 @@ def test_the_hubs_refusal_is_told_in_a_line(monkeypatch, message, reason):
 
 
 def test_only_file(tmp_path):
-    with pytest.raises(MissingDataError, match=r"has no file \*train\*"):
+    with pytest.raises(MissingDataError, match=rf"has no file \*train\*.*fetch.py {tmp_path.name} --to"):
         only_file(tmp_path, "*train*")
     (tmp_path / "a_train.json").write_text("")
     assert only_file(tmp_path, "*train*") == tmp_path / "a_train.json"
@@ -165,18 +166,53 @@ def test_tiers_without_data_fail_at_once(tier, family, tmp_path):
     with pytest.raises(MissingDataError, match=f"the {tier} tier needs real facts.*MALMEN_DATA.*--tier tiny"):
         check_tier(tier, None, family)
     folder = "fever" if family == "classifier" else "zsre"
+    lacks, no_folder = "lacks .*;.*--tier tiny", f"no folder {folder}; `.*fetch.py {folder} --to .*--tier tiny"
+    said = lacks if tier == "small" else no_folder
     for ask in (lambda: check_tier(tier, str(tmp_path), family), lambda: bench_loader(tmp_path, "c")(tier, family, 0)):
-        with pytest.raises(MissingDataError, match=f"no folder {folder};.*--tier tiny"):
+        with pytest.raises(MissingDataError, match=said):
             ask()
     (tmp_path / folder).write_text("not a folder")
-    with pytest.raises(MissingDataError, match=f"no folder {folder}"):
+    with pytest.raises(MissingDataError, match=said):
         check_tier(tier, tmp_path, family)
+
+
+def small_files(folder, family):
+    for file in benches.SMALL_FILES.get(family, benches.QUESTION_FILES + benches.CORPUS_FILES):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(b"")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_small_tier_needs_data_only(family, tmp_path):
-    (tmp_path / ("fever" if family == "classifier" else "zsre")).mkdir()
+    small_files(tmp_path, family)
     assert check_tier("small", tmp_path, family) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "lost", "way"),
+    [
+        ("decoder", "entity_questions/train.jsonl.xz", "entity_questions: by hand, see data_scripts/README.md"),
+        ("base", "zsre/mend_train_1000.jsonl.xz", "zsre: by hand, see data_scripts/README.md"),
+        ("encoder-decoder", "zsre/mend_eval_1037.jsonl.xz", "zsre: by hand, see data_scripts/README.md"),
+        ("gptj", "corpus/trex_sentences.txt.xz", "corpus: by hand, see data_scripts/README.md"),
+        ("subjects", "counterfact/train.jsonl.xz", "counterfact: by hand, see data_scripts/README.md"),
+        ("questions", "nq/dev.jsonl.xz", "`python data_scripts/fetch.py nq --to {}` brings nq"),
+        ("classifier", "pararel/facts.jsonl.xz", "`python data_scripts/fetch.py pararel --to {}` brings pararel"),
+    ],
+)
+def test_a_missing_file_of_the_small_tier_is_named_with_what_brings_it(family, lost, way, tmp_path):
+    small_files(tmp_path, family)
+    (tmp_path / lost).unlink()
+    with pytest.raises(MissingDataError) as caught:
+        check_tier("small", tmp_path, family)
+    assert f"{tmp_path} lacks {lost}; {way.format(tmp_path)}; without them" in str(caught.value)
+
+
+def test_how_to_get_data():
+    assert how_to_get(["nq"]) == "`python data_scripts/fetch.py nq --to DIR` brings nq"
+    assert how_to_get(["zsre", "nq"], "d") == "`python data_scripts/fetch.py zsre nq --to d` brings zsre and nq"
+    by_hand = "zsre and corpus: by hand, see data_scripts/README.md"
+    assert how_to_get(["zsre", "nq", "corpus"], tier="small") == f"{how_to_get(['nq'])}; {by_hand}"
 
 
 def test_unknown_tiers_and_families():
@@ -251,13 +287,16 @@ def test_paper_facts_of_zsre(zsre, monkeypatch, family):
     monkeypatch.setitem(benches.TRAIN_FACTS, "zsre", 5)
     name, facts, sources = paper_facts(zsre, family)
     assert name == "zsre" and [len(facts[split]) for split in ("train", "eval")] == [5, 5]
-    assert sources == {split: {"file": f"{split}.jsonl", "facts": 5} for split in ("train", "eval")}
+    named = {} if family == "encoder-decoder" else {"with subject": 0}
+    assert sources["train"] == {"file": "train.jsonl", "facts": 5}
+    assert sources["eval"] == {"file": "eval.jsonl", "facts": 5, **named}
     assert facts["train"][0].answer == "w2"  # the correct one, section 5.1
     assert facts["eval"][0].unrelated_pair == ("w4", "w5")
 
 
 def test_paper_tier_takes_no_smaller_data_for_the_published(zsre, monkeypatch):
-    with pytest.raises(MissingDataError, match="holds 5 facts.*published split of 244,173.*--tier small"):
+    said = "holds 5 facts.*published split of 244,173: `.*fetch.py zsre .*--tier small"
+    with pytest.raises(MissingDataError, match=said):
         paper_facts(zsre)
     monkeypatch.setitem(benches.TRAIN_FACTS, "zsre", 6)
     with pytest.raises(MissingDataError):
@@ -392,6 +431,11 @@ def built(monkeypatch, tmp_path):
     for name in ("zsre", "fever"):
         for split in ("train", "eval"):
             write_rows(tmp_path / name / f"{split}.json", [])
+    for family in FAMILIES:
+        small_files(tmp_path, family)
+    for name in ("zsre", "fever"):  # the paper tier wants one file a split
+        for path in (tmp_path / name).glob("*.json"):
+            path.unlink()
     return calls
 
 
