@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FEVER_LABELS', 'GPT2_SIZES', 'BERT_SIZES', 'T5_XL_SIZES', 'GPTJ_SIZES', 'ZSRE', 'FEVER', 'PAPER_MODELS',
-           'AUTO_CLASSES', 'HYPER_PARAMETERS', 'SPECIAL_TOKENS', 'TEMPLATES', 'HUB_PATIENCE', 'SCORED', 'A100',
-           'UTILISATION', 'PUBLISHED_HOURS', 'DATA', 'PaperModelError', 'ModelNotFoundError', 'PaperModel', 'powers',
-           'find_model', 'architecture', 'skeleton', 'edited_layers', 'tuned_layers', 'shapes_of', 'random_tokenizer',
-           'random_model', 'wrapped', 'check_model', 'paper_model', 'hyper_network_size', 'step_memory', 'Cost',
-           'cached_tokens', 'cost', 'cost_table', 'linear_sizes', 'behind', 'activation_memory', 'passes',
-           'layer_operations', 'step_operations', 'scoring_operations', 'Run', 'Item', 'hours', 'run_hours',
-           'run_memory', 'run_disk', 'needs_table']
+           'AUTO_CLASSES', 'HYPER_PARAMETERS', 'SPECIAL_TOKENS', 'TEMPLATES', 'HUB_PATIENCE', 'SCORED', 'TEXTS',
+           'TEXT_TOKENS', 'A100', 'UTILISATION', 'PUBLISHED_HOURS', 'DATA', 'PaperModelError', 'ModelNotFoundError',
+           'PaperModel', 'powers', 'find_model', 'architecture', 'skeleton', 'edited_layers', 'tuned_layers',
+           'shapes_of', 'random_tokenizer', 'random_model', 'wrapped', 'check_model', 'paper_model',
+           'hyper_network_size', 'step_memory', 'Cost', 'cached_tokens', 'cost', 'cost_table', 'linear_sizes', 'behind',
+           'activation_memory', 'passes', 'layer_operations', 'step_operations', 'scoring_operations', 'memit_layers',
+           'memit_operations', 'statistics_operations', 'Run', 'Item', 'hours', 'run_hours', 'run_memory', 'run_disk',
+           'needs_table']
 
 # %% ../nbs/13c_paper_models.ipynb #6dd4ca5b
 import json
@@ -42,6 +43,7 @@ from .editors import EditorConfig, LayerNetworks
 from .facts import MalmenError, near_misses
 from .fine_tuning import FineTuningConfig, fine_tuned_layers
 from .language_models import LanguageModel, family_of, feed_forward, match_layers, weight_view
+from .memit import MEMITConfig
 from .training import TrainingConfig
 
 # %% ../nbs/13c_paper_models.ipynb #c5490fd8
@@ -498,6 +500,16 @@ def activation_memory(
     return kept + 4 * 4 * rows * read * classes
 
 # %% ../nbs/13c_paper_models.ipynb #9315ee90
+def _by_layer(model, prompt_tokens, answer_tokens) -> tuple[dict[str, float | int], dict[str, float | int]]:
+    "Operations of one fact in the products of every linear layer, and in the attention behind some of them."
+    sizes, attention = linear_sizes(model, prompt_tokens, answer_tokens), {}
+    for name, (read, _, width) in sizes.items():
+        if _ATTENTION.search(name):
+            asked = answer_tokens if "EncDecAttention" in name else read
+            attention[name] = 4 * asked * read * (width // 3 if name.endswith("c_attn") else width)
+    return {name: 2 * read * k * v for name, (read, k, v) in sizes.items()}, attention
+
+
 def passes(
     model: PreTrainedModel,  # weights are not read
     layers: Sequence[str],  # edited
@@ -505,14 +517,8 @@ def passes(
     answer_tokens: float | int,  # of a fact
 ) -> dict[str, float | int]:  # "forward", "backward", "shift", "shift backward": operations a fact
     "What one fact costs on its way through the language model and back, and through the shifts."
-    sizes = linear_sizes(model, prompt_tokens, answer_tokens)
-    products = {name: 2 * read * k * v for name, (read, k, v) in sizes.items()}
-    passed = behind([*sizes], layers)
-    attention = {}
-    for name, (read, _, width) in sizes.items():
-        if _ATTENTION.search(name):
-            asked = answer_tokens if "EncDecAttention" in name else read
-            attention[name] = 4 * asked * read * (width // 3 if name.endswith("c_attn") else width)
+    products, attention = _by_layer(model, prompt_tokens, answer_tokens)
+    passed = behind([*products], layers)
     shift = sum(products[layer] for layer in layers)
     lowest = min(products[layer] for layer in layers)  # its input needs no gradient
     return {
@@ -598,6 +604,63 @@ def scoring_operations(
         total += _editor_operations(model, layers, num_facts, lengths, method, which, config, False)
     return total
 
+# %% ../nbs/13c_paper_models.ipynb #7c1e90b3
+TEXTS, TEXT_TOKENS = 100_000, 128  # of the corpus (MEMIT, Appendix B.4); the second is an assumption
+
+
+def memit_layers(
+    model: PreTrainedModel,  # a decoder
+    blocks: Sequence[int],  # R, counted from 0
+) -> list[str]:  # in ascending order
+    "The names of the layers that MEMIT edits."
+    return [pattern.replace("*", str(block), 1) for block in sorted(blocks) for pattern in feed_forward(model)]
+
+
+def _up_to(model, layer, prompt_tokens) -> float | int:
+    "Operations of one row of tokens from the embedding to a layer's output."
+    products, attention = _by_layer(model, prompt_tokens, 1)
+    names = [*products][: [*products].index(layer) + 1]
+    return sum(products[name] + attention.get(name, 0) for name in names)
+
+
+def memit_operations(
+    model: PreTrainedModel,  # a decoder; weights are not read
+    blocks: Sequence[int],  # R
+    num_facts: int,  # m
+    prompt_tokens: float | int = 12,  # of a fact
+    answer_tokens: float | int = 4,  # of a fact
+    subject_tokens: float | int = 4,  # of the prompt
+    config: MEMITConfig | None = None,  # the paper's if None
+) -> Counter:  # as of `step_operations`
+    "One edit by MEMIT with key statistics at hand: target vectors, keys layer by layer, and Eq. 14."
+    target, layers = (config or MEMITConfig()).target, memit_layers(model, blocks)
+    top, heads, search = layers[-1], [0, *(n + 1 for n in target.prefix_lengths)], 0  # a prefix and its separator
+    rows = [(prompt_tokens + head, answer_tokens) for head in heads] + [(subject_tokens + 2, 1)]  # the last: "s is a"
+    for prompt, answer in rows:
+        products, attention = _by_layer(model, prompt, answer)
+        above = behind([*products], [top])
+        forward = sum(products[name] + attention.get(name, 0) for name in above)
+        backward = sum(products[name] + 2 * attention.get(name, 0) for name in above)  # to the states, not to weights
+        search += sum(products.values()) + sum(attention.values()) - forward
+        search += (target.steps + 1) * forward + target.steps * backward
+    keys = sum(_up_to(model, layer, head + subject_tokens) for layer in layers for head in heads)
+    keys += len(layers) * _up_to(model, top, prompt_tokens)  # where the states at L are read
+    shapes = shapes_of(match_layers(model, layers)).values()
+    sums = sum(2 * num_facts * k * (k + v) for v, k in shapes)
+    factors = sum(k**3 / 3 + 2 * k**2 * v for v, k in shapes)
+    return Counter({"language model": num_facts * (search + keys), "float64": sums, "factors": factors})
+
+
+def statistics_operations(
+    model: PreTrainedModel,  # a decoder; weights are not read
+    blocks: Sequence[int],  # R
+) -> Counter:  # as of `step_operations`
+    "Key statistics of the critical layers over the corpus (MEMIT, Eq. 15)."
+    layers = memit_layers(model, blocks)
+    moments = sum(2 * k**2 for _, k in shapes_of(match_layers(model, layers)).values())
+    reading = TEXTS * _up_to(model, layers[-1], TEXT_TOKENS)
+    return Counter({"language model": reading, "float32": TEXTS * TEXT_TOKENS * moments})
+
 # %% ../nbs/13c_paper_models.ipynb #81fbc00b
 # Operations a second, from the data sheet; "factors" are float64 without tensor cores.
 A100 = {torch.bfloat16: 312e12, torch.float32: 19.5e12, torch.float64: 19.5e12, "factors": 9.7e12}
@@ -614,13 +677,14 @@ class Run:
     "Editors of one kind, as many as there are seeds, and the cells that use them."
 
     num_facts: int  # m
-    method: str = "MALMEN"  # MEND or FT
+    method: str = "MALMEN"  # MEND, FT or MEMIT
     steps: int = 0  # of the training; 0 for none
     seeds: int = 3
     layers: str = "second"  # of each FFN; see `feed_forward`
     which: str = "answer"  # tokens that are cached, or "all"
     rank: int = EditorConfig().rank
     blocks: int = EditorConfig().blocks
+    critical: tuple[int, ...] = ()  # the blocks that MEMIT edits
 
 
 @dataclass(frozen=True)
@@ -649,6 +713,10 @@ def run_hours(
 ) -> tuple[float, float]:  # hours of one editor's training, hours of one cell's editing and scoring
     "What one seed of a run takes on an A100, estimated."
     about, model = find_model(name), model or skeleton(name)
+    if run.method == "MEMIT":
+        blocks, one = math.ceil(SCORED / run.num_facts), memit_operations(model, run.critical, run.num_facts)
+        asked = 6 * run.num_facts * passes(model, memit_layers(model, run.critical), 12, 4)["forward"]
+        return 0.0, blocks * hours(one + Counter({"language model": asked}), about.dtype)
     if run.method == "FT":
         layers = list(tuned_layers(name, model))
     else:
@@ -677,8 +745,8 @@ def run_disk(
     run: Run,
     model: PreTrainedModel | None = None,  # a skeleton of it if None
 ) -> int:  # bytes
-    "The editors that a run leaves behind; FT leaves none."
-    if run.method == "FT":
+    "The editors that a run leaves behind; FT and MEMIT leave none."
+    if run.method in ("FT", "MEMIT"):
         return 0
     config = EditorConfig(rank=run.rank, blocks=run.blocks)
     return run.seeds * hyper_network_size(shapes_of(edited_layers(name, model)), config)["hyper-network"]
@@ -692,8 +760,8 @@ def needs_table(
 ) -> str:  # markdown
     "What an A100 needs for each item: memory, disk and hours, all counted from shapes."
     header = ["item", "command", "model", "largest m", "GPU memory (GiB)", "disk (GiB)", "editors", "hours",
-              "one editor, largest m (h)", "the paper's (h)"]  # fmt: skip
-    lines, trained, scored = [header, ["---"] * len(header)], {}, 0.0
+              "of them MEMIT's", "one editor, largest m (h)", "the paper's (h)"]  # fmt: skip
+    lines, trained, scored, statistics = [header, ["---"] * len(header)], {}, 0.0, {}
     for item in items:
         model, about = skeleton(item.model), find_model(item.model)
         each = {run: run_hours(item.model, run, model) for run in item.runs}
@@ -707,14 +775,20 @@ def needs_table(
         network = hyper_network_size(shapes_of(edited_layers(item.model, model)))
         kept = sum(run_disk(item.model, run, model) for run in item.runs)
         disk = 4 * about.parameters + kept + network["hyper-network"] + network["Adam"] + DATA
+        memit, critical = 0.0, next((run.critical for run in item.runs if run.method == "MEMIT"), ())
+        if critical:  # its key statistics are made once
+            statistics[item.model] = hours(statistics_operations(model, critical), about.dtype)
+            memit = statistics[item.model] + sum(run.seeds * each[run][1] for run in item.runs if run.critical)
+            disk += sum(4 * k**2 for _, k in shapes_of(match_layers(model, memit_layers(model, critical))).values())
         published = PUBLISHED_HOURS.get((item.model, full.num_facts, full.which))
         command = f"`malmen-repro reproduce {item.name} --tier paper --data DIR`"
-        total = sum(run.seeds * sum(each[run]) for run in item.runs)
+        total = sum(run.seeds * sum(each[run]) for run in item.runs) + statistics.get(item.model, 0.0) * bool(critical)
         editors = sum(run.seeds for run in item.runs if run.steps)
-        numbers = [f"{memory / 2**30:.1f}", f"{disk / 2**30:.0f}", str(editors), f"{total:.1f}", f"{each[full][0]:.1f}"]
+        numbers = [f"{memory / 2**30:.1f}", f"{disk / 2**30:.0f}", str(editors), f"{total:.1f}"]
+        numbers += [f"{memit:.1f}" if critical else "–", f"{each[full][0]:.1f}"]
         theirs = f"{published[0]} ({published[1]})" if published else "–"
         lines.append([item.figure, command, item.model, f"{full.num_facts:,}", *numbers, theirs])
-    whole = sum(trained.values()) + scored
-    rest = ["", "", "", "", "", "", f"{whole:.0f}", "", ""]
+    whole = sum(trained.values()) + scored + sum(statistics.values())
+    rest = ["", "", "", "", "", "", f"{whole:.0f}", "", "", ""]
     lines.append(["all, in one folder: an editor that several items share is trained once", *rest])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -11,10 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from malmen_repro import paper_models
 from malmen_repro.editors import MALMEN, MEND, EditorConfig
-from malmen_repro.facts import MalmenError
+from malmen_repro.facts import Fact, MalmenError
 from malmen_repro.fine_tuning import fine_tuned_layers
+from malmen_repro.key_statistics import key_statistics
 from malmen_repro.keys_and_gradients import capture
 from malmen_repro.language_models import FAMILIES, LanguageModel, family_of, match_layers
+from malmen_repro.memit import MEMIT, MEMITConfig, critical_layers
 from malmen_repro.paper_models import (
     HYPER_PARAMETERS,
     PAPER_MODELS,
@@ -35,6 +37,8 @@ from malmen_repro.paper_models import (
     hyper_network_size,
     layer_operations,
     linear_sizes,
+    memit_layers,
+    memit_operations,
     needs_table,
     paper_model,
     passes,
@@ -46,10 +50,12 @@ from malmen_repro.paper_models import (
     scoring_operations,
     shapes_of,
     skeleton,
+    statistics_operations,
     step_memory,
     step_operations,
     tuned_layers,
 )
+from malmen_repro.target_vectors import TargetConfig
 from malmen_repro.training import Block, TrainingConfig, cache_tokens, infer, make_optimizer, meta_gradient
 
 NAMES = list(PAPER_MODELS)
@@ -473,6 +479,32 @@ def test_operations_of_a_step_are_those_that_are_counted(name, count, method):
     assert (found["factors"] == 0) == (method == "MEND")
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-J"])
+def test_operations_of_memit_are_those_that_are_counted(name):
+    lm = random_model(name, dtype=torch.float32, vocab_size=400, **SMALL[name] | {"n_layer": 4})
+    lm.model.set_attn_implementation("eager")
+    lm = critical_layers(lm, (1, 2))
+    target = TargetConfig(steps=3, stop_loss=0.0, prefix_lengths=(), essence="{}")  # a byte is a token here
+    config = MEMITConfig(regularization=100.0, blocks=(1, 2), target=target)
+    facts = [Fact(f"Who is Ada {i}?", "Bob", subject=f"Ada {i}") for i in range(4)]
+    memit = MEMIT(lm, key_statistics(lm, [f"{i} and {i * i} are {i % 7}." for i in range(60)]), config)
+    with counted() as counter:
+        memit.edit(facts)
+    (prompt, answer), subject = lm.encode([facts[0].pair])[0], len(lm.tokenizer("Ada 0")["input_ids"])
+    found = memit_operations(lm.model, (1, 2), 4, len(prompt), len(answer), subject, config)
+    assert sum(found.values()) - found["factors"] == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def test_memit_costs_more_with_more_facts_and_its_statistics_do_not(skeletons):
+    model, blocks = skeletons["GPT-J"], (3, 4, 5, 6, 7, 8)
+    assert memit_layers(model, blocks)[0] == "transformer.h.3.mlp.fc_out" and len(memit_layers(model, blocks)) == 6
+    one, two = (memit_operations(model, blocks, m) for m in (1000, 2000))
+    assert two["language model"] == 2 * one["language model"] and two["factors"] == one["factors"]
+    assert 0.5 < hours(memit_operations(model, blocks, 10_000), model.dtype) / 7.44 < 1.5  # MEMIT, Appendix B.4
+    moments = statistics_operations(model, blocks)["float32"]
+    assert moments == paper_models.TEXTS * paper_models.TEXT_TOKENS * 6 * 2 * 16384**2
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_pass_is_counted_exactly(name):
     lm = small(name)
@@ -544,7 +576,10 @@ def test_runs(skeletons):
     assert training > 0 < scoring
     assert run_hours("GPT-2", replace(run, steps=200), model)[0] == pytest.approx(2 * training)
     assert run_hours("GPT-2", Run(512, "FT"), model)[0] == 0 < run_hours("GPT-2", Run(512, "FT"), model)[1]
-    assert run_disk("GPT-2", Run(512, "FT")) == 0
+    assert run_disk("GPT-2", Run(512, "FT")) == run_disk("GPT-2", Run(512, "MEMIT")) == 0
+    memit = Run(512, "MEMIT", critical=(1, 2, 3))
+    training, scoring = run_hours("GPT-2", memit, model)
+    assert training == 0 < scoring < run_hours("GPT-2", replace(memit, num_facts=1024), model)[1]
     assert run_disk("GPT-2", run) == 3 * run_disk("GPT-2", replace(run, seeds=1)) > 0
     assert run_disk("GPT-2", replace(run, rank=1, blocks=1)) < run_disk("GPT-2", run) / 100
     assert run_memory("GPT-2", run, model) > cost("GPT-2", 512).training
@@ -563,12 +598,17 @@ def test_needs_table(skeletons):
     one = Item("scaling_gptj", "Fig. 7", "GPT-J", runs)
     two = Item("failures", "Tables 4 and 5", "GPT-J", (Run(8192, steps=30, seeds=1),))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in needs_table([one, two]).splitlines()]
-    assert {len(line) for line in lines} == {10} and len(lines) == 5
+    assert {len(line) for line in lines} == {11} and len(lines) == 5
     assert lines[2][1] == "`malmen-repro reproduce scaling_gptj --tier paper --data DIR`"
-    assert lines[2][2:4] == ["GPT-J", "16,384"] and lines[2][6] == "9" and lines[2][9] == "12.25 (section 5.1, A100)"
-    assert lines[3][9] == "4.4 (Table 2, A40)" and lines[3][6] == "1"
+    assert lines[2][2:4] == ["GPT-J", "16,384"] and lines[2][6] == "9"
+    assert lines[2][10] == "12.25 (section 5.1, A100)" and lines[2][8] == "–"
+    assert lines[3][10] == "4.4 (Table 2, A40)" and lines[3][6] == "1"
     alone = [float(line[7]) for line in lines[2:4]]
     assert float(lines[4][7]) < sum(alone) + 1  # the editor of the second item is one of the first's
+    with_memit = replace(one, runs=(*runs, Run(64, "MEMIT", critical=(3, 4))))
+    line = [cell.strip() for cell in needs_table([with_memit]).splitlines()[2].split("|")[1:-1]]
+    assert float(line[8]) > 0 and float(line[7]) == pytest.approx(alone[0] + float(line[8]), abs=0.11)
+    assert float(line[5]) > float(lines[2][5]) and line[4] == lines[2][4]  # key statistics lie on disk
 
 
 def test_public_names_are_there():
