@@ -257,9 +257,43 @@ def read_records(
     experiment: str,
     tier: str,
 ) -> list[dict[str, Any]]:  # in the order of their names, numbers counted as numbers; empty if there are none
-    "All records of an experiment at a tier. Raises `RecordError` for a damaged one."
+    """All records of an experiment at a tier.
+
+    Raises `RecordError` for a damaged one, and `RecordConflictError` for one of another experiment or tier, for a
+    second one of the same cell, and for one whose settings are not those of the other records of its method.
+    """
     paths = (Path(directory) / tier / experiment).glob("*.json")
-    return [read_record(path) for path in sorted(paths, key=lambda path: _numbers_as_numbers(path.stem))]
+    found = {path: read_record(path) for path in sorted(paths, key=lambda path: _numbers_as_numbers(path.stem))}
+    _refuse_mixtures(found, {"experiment": experiment, "tier": tier})
+    return list(found.values())
+
+
+def _refuse_mixtures(
+    found: dict[Path, dict[str, Any]],  # the records of one folder
+    folder: dict[str, str],  # what the cells of the folder have in common
+) -> None:
+    cells, settings = {}, {}
+    for path, record in found.items():
+        cell = record["configuration"].get("cell")
+        if cell is None:  # what is no cell's stands for itself
+            continue
+        for name, wanted in folder.items():
+            if cell.get(name) != wanted:
+                raise RecordConflictError(f"{path} does not belong there: its {name} is {cell.get(name)!r}")
+        if (other := cells.setdefault(sha256(cell), path)) != path:
+            raise RecordConflictError(f"{path} is a second record of the cell of {other.name}: it would count twice")
+        rest = _without(record["configuration"], ("cell", "seed"))
+        alike = sha256(_without(cell, ("num_facts", "seed", "data_set")))  # cells of one method and one training
+        other, theirs = settings.setdefault(alike, (path, rest))
+        if names := differences(theirs, rest):
+            raise RecordConflictError(f"{path} and {other.name} had different settings: {', '.join(names)} differ")
+
+
+def _without(value: Any, names: Iterable[str]) -> Any:
+    "Plain JSON without some fields, at any depth."
+    if not isinstance(value, dict):
+        return value
+    return {name: _without(inner, names) for name, inner in value.items() if name not in names}
 
 
 def _numbers_as_numbers(name: str) -> list[tuple[bool, int, str]]:
