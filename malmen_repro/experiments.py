@@ -678,13 +678,16 @@ def run_cell(
     done: set[str] | None = None,  # see `trained_editor`
 ) -> dict[str, Any]:  # the record, plain JSON
     "Train (or fetch) the editor, edit each block, score it, and write down what happened."
-    device = bench.lm.device
+    device, story, start = bench.lm.device, None, time.perf_counter()
     try:
-        measured = _measure(cell, bench, settings, found, out_dir, progress, done)
+        editor, story = editor_of(cell, bench, settings, found, out_dir, progress, done)
+        start = time.perf_counter()
+        measured = _measure(cell, bench, settings, editor, story, progress)
     except ArithmeticError as error:
         if not (METHODS[cell.method].may_fail and isinstance(error, MalmenError)):
             raise
-        measured = _broken(error) | {"model": model_size(edited_model(bench.lm, METHODS[cell.method]))}
+        spent = {"seconds": time.perf_counter() - start, "memory_bytes": peak_memory(device)}
+        measured = _broken(error, story, spent) | {"model": model_size(edited_model(bench.lm, METHODS[cell.method]))}
     return {
         **{"hash": sha256(settings), "configuration": settings},
         **measured,
@@ -693,9 +696,8 @@ def run_cell(
     }
 
 
-def _measure(cell, bench, settings, found, out_dir, progress, done) -> dict[str, Any]:
+def _measure(cell, bench, settings, editor, story, progress) -> dict[str, Any]:
     "The part of a record that a cell's own work gives."
-    editor, story = editor_of(cell, bench, settings, found, out_dir, progress, done)
     batch = METHODS[cell.method].batch or (EXPERIMENTS[cell.experiment].batch if cell.experiment in EXPERIMENTS else 0)
     scoring, device = EvaluationConfig(**settings["evaluation"]), bench.lm.device
     if device.type == "cuda":
@@ -736,14 +738,24 @@ def edited_in_batches(
     return edit
 
 
-def _broken(error: Exception) -> dict[str, Any]:
+def _broken(
+    error: Exception,
+    story: dict[str, Any] | None,  # of the training; None if it broke down there
+    spent: dict[str, Any],  # seconds and bytes of the part that broke down
+) -> dict[str, Any]:
     "What a record says of a method that broke down."
+    training, editing = (story, spent) if story else (spent, {"seconds": 0.0, "memory_bytes": {}})
     failure = {"error": type(error).__name__, "message": str(error)}
     if isinstance(error, SingularGramError):
         condition = error.condition if math.isfinite(error.condition) else "infinite"
         failure |= {"layer": error.layer, "tokens": error.n, "key_size": error.d, "condition": condition}
-    empty = {name: {} for name in ("scores", "per_fact", "learned", "memory_bytes", "seconds")}
-    return {**empty, "blocks": [], "history": [], "extra": {"failure": failure}}
+    seconds = {"training": training["seconds"], "editing": editing["seconds"], "evaluation": 0.0}
+    return {
+        **{name: {} for name in ("scores", "per_fact", "learned")},
+        **{"blocks": [], "history": story["history"] if story else [], "seconds": plain(seconds, 3)},
+        **{"memory_bytes": {"training": training["memory_bytes"], "editing": editing["memory_bytes"]}},
+        **{"extra": {"failure": failure}},
+    }
 
 # %% ../nbs/15_experiments.ipynb #9809db03
 def scores_of(

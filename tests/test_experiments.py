@@ -797,7 +797,9 @@ def test_a_method_that_may_fail_writes_its_breakdown_down(tmp_path):
     assert failure["error"] == "SingularGramError" and "is singular" in failure["message"]
     assert failure["tokens"] < failure["key_size"] == 24 and failure["layer"] in toy_model().layers
     assert failure["condition"] == "infinite" or failure["condition"] > 1e12
-    assert record["scores"] == record["per_fact"] == record["seconds"] == record["learned"] == {}
+    assert record["scores"] == record["per_fact"] == record["learned"] == {}
+    assert record["seconds"]["training"] > 0 == record["seconds"]["editing"] == record["seconds"]["evaluation"]
+    assert record["memory_bytes"]["training"]["process"] > 1e7 and record["memory_bytes"]["editing"] == {}
     assert record["blocks"] == record["history"] == [] and record["fingerprints"] == fingerprints(toy_bench())
     assert read_record(tmp_path / one.path) == record
     assert run_method(one.method, tmp_path, bench_for=no_bench) == [record]  # a breakdown is finished too
@@ -808,17 +810,31 @@ def test_the_condition_of_a_breakdown_is_plain_json(tmp_path, monkeypatch, condi
     def breaking(*args):
         raise SingularGramError("h", 3, 24, 0.0, condition)
 
-    monkeypatch.setattr(experiments, "_measure", breaking)
+    monkeypatch.setattr(experiments, "editor_of", breaking)
     (record,) = run_method("MALMEN, no regularisation", tmp_path)
     assert record["extra"]["failure"]["condition"] == expected
     assert (record["extra"]["failure"]["tokens"], record["extra"]["failure"]["key_size"]) == (3, 24)
+
+
+def test_a_breakdown_after_the_training_keeps_its_story(tmp_path, monkeypatch):
+    story = {"history": [{"step": 0, "loss": 1.0}], "seconds": 9.0, "memory_bytes": {"process": 5}}
+    monkeypatch.setattr(experiments, "editor_of", lambda *args: ("an editor", story))
+
+    def breaking(*args):
+        raise NonFiniteShiftError("no shift")
+
+    monkeypatch.setattr(experiments, "_measure", breaking)
+    (record,) = run_method("MALMEN, no regularisation", tmp_path)
+    assert record["history"] == story["history"] and record["seconds"]["training"] == 9.0
+    assert 0 <= record["seconds"]["editing"] < 5 and record["seconds"]["evaluation"] == 0
+    assert record["memory_bytes"]["training"] == {"process": 5} and record["memory_bytes"]["editing"]["process"] > 1e7
 
 
 def test_another_breakdown_is_told_without_a_matrix(tmp_path, monkeypatch):
     def breaking(*args):
         raise NonFiniteShiftError("no shift")
 
-    monkeypatch.setattr(experiments, "_measure", breaking)
+    monkeypatch.setattr(experiments, "editor_of", breaking)
     (record,) = run_method("MALMEN, no regularisation", tmp_path)
     assert record["extra"] == {"failure": {"error": "NonFiniteShiftError", "message": "no shift"}}
 
@@ -831,7 +847,7 @@ def test_no_other_breakdown_becomes_a_record(tmp_path, monkeypatch, method, erro
     def breaking(*args):
         raise error
 
-    monkeypatch.setattr(experiments, "_measure", breaking)
+    monkeypatch.setattr(experiments, "editor_of", breaking)
     with pytest.raises(raised or type(error)):
         run_method(method, tmp_path)
     assert not (tmp_path / cell(method).path).exists()
