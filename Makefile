@@ -22,8 +22,8 @@ help:  ## this list
 reproduce: .venv/.run  ## set up, then run the tiny tier anew into runs/reproduce
 	$(BIN)/malmen-repro reproduce --tier tiny --out $(OUT)
 
-# Cheap checks first, pytest's summary last.
-test: lint wheel nbtest pytest  ## set up, then lint, wheel, notebooks and pytest: what CI runs
+# Cheap checks first. pytest comes before the notebooks, which draw the committed figures anew: it must see those of git.
+test: lint wheel pytest nbtest  ## set up, then lint, wheel, pytest and notebooks: what CI runs
 
 lint: .venv/.dev  ## ruff over modules, notebooks and tests
 	$(BIN)/ruff check $(SOURCES)
