@@ -136,7 +136,7 @@ SMALL_MEMIT_METHODS = (*(name for name in MEMIT_METHODS if name != "MEMIT, lambd
 FEW_MEMIT_METHODS = ("MEMIT", "MEMIT, first two blocks", "MEMIT, lambda 10", "MEMIT, lambda 10,000")
 FEW_HOOK_METHODS = ("MEMIT", "CoachHooK", "CoachHooK, no hooks", "CoachHooK, no memory", "CoachHooK, lambda 10,000")
 FEW_TABLE_METHODS = ("FT-M", "MEMIT", "CoachHooK", "MALMEN", "MALMEN, accumulated", "MALMEN untrained")
-SMALL_METHODS = (*MAIN_METHODS, "FT-W", "FT-M", "LoRA", "MEMIT", "CoachHooK")
+SMALL_METHODS = (*MAIN_METHODS, "FT-W", "FT-M", "LoRA", "MEMIT", "CoachHooK")  # ROME takes a search for each fact
 CONSECUTIVE_METHODS = ("MALMEN", "MALMEN, accumulated", "MEND", "MALMEN untrained", "MEMIT", "CoachHooK")
 ALL_METHODS = ("MALMEN", "MEND", "FT", "MALMEN untrained", *(name for name in READY if name != "FT"))
 
@@ -248,7 +248,7 @@ SMALL_QUESTIONS = Plan(
 )
 SMALL_STACKS = replace(SMALL_QUESTIONS, trained_at=(64,))  # blocks that grow break its training, notebook 22
 BASE_QUESTIONS = replace(SMALL_QUESTIONS, methods=SMALL_METHODS, trained_at=(64, 512))
-SMALL_CLAIMS = Plan({"pararel": (16, 64, 256, 1024)}, seeds=1, trained_at=(256,))
+SMALL_CLAIMS = Plan(dict.fromkeys(("pararel", "fever"), (16, 64, 256, 1024)), seeds=1, trained_at=(256,))
 MIXED = ("first relation", "second relation", "both relations")
 SMALL_ABLATION = Plan({"zsre": (256,), "entity_questions": (256,)}, seeds=1, trained_at=(512,))
 
@@ -329,7 +329,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "New objects against true ones that the model knows: MEMIT's own measures, against the number of facts.",
         {
             "tiny": Plan({"counterfact": (32,)}, 1, CASE_METHODS, (32, 100), {"counterfact": (10, 32, 100, 316)}),
-            "small": Plan({"counterfact": (10, 64, 256, 804)}, 1, (*SMALL_METHODS, "ROME"), (256,), full_seeds=1),
+            "small": Plan({"counterfact": (64, 256, 804)}, 1, SMALL_METHODS, (256,), full_seeds=1),
         },
         extras=("counterfact",), setting="counterfacts", shown_as="cases",
     ),
@@ -387,7 +387,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     "released_code": Experiment(
         "What the released code does otherwise", "notebook 29b", "decoder",
         "MALMEN with one behaviour of the released code each.",
-        {"tiny": Plan({"world": (16,)}, 1, ("MALMEN", *tuple(VARIANTS)[::2]), full_methods=("MALMEN", *VARIANTS))},
+        {
+            "tiny": Plan(
+                {"world": (16,)}, 1, ("MALMEN", *tuple(VARIANTS)[::2]), full_num_facts={"world": (16, 64)},
+                full_methods=("MALMEN", *VARIANTS),
+            ),
+        },
         shown_as="variants",
     ),
 }
