@@ -302,9 +302,9 @@ def test_draw_residuals():
     assert texts[0] == ["MALMEN (normal equation)", "MEND (sum)"]
     assert texts[1] == ["sum, MALMEN's tokens", "normal equation, MALMEN's tokens"]
     assert own.get_title() == "each in its own way" and own.get_ylabel() == "a: mean residual"
-    assert figure.get_suptitle().endswith("over layers and 2 seeds")
+    assert "over layers and 2 seeds; thin" in figure.get_suptitle()
     alone = draw_residuals(fig8(seeds=(0,)))
-    assert alone.get_suptitle().endswith("over layers, 1 seed") and alone.axes[0].get_ylabel() == "mean residual"
+    assert "over layers, 1 seed; thin" in alone.get_suptitle() and alone.axes[0].get_ylabel() == "mean residual"
     assert survives.get_ylabel() == "share that survives"
     line = own.get_lines()[0]
     assert line.get_xdata().tolist() == [16, 64] and line.get_ydata().tolist() == pytest.approx([0.024, 0.096])
