@@ -64,8 +64,9 @@ class Statement:
 def success(
     point: dict[str, Any],  # from `scaling_points`
 ) -> float:  # in [0, 1]
-    "Mean of ES and GS."
-    return (point["ES"][0] + point["GS"][0]) / 2
+    "Mean of ES and GS; ES alone for facts without other phrasings."
+    means = [mean for mean in (point["ES"][0], point["GS"][0]) if not math.isnan(mean)]
+    return statistics.fmean(means) if means else math.nan  # a breakdown has neither
 
 
 def curves(
@@ -141,9 +142,9 @@ def generalisation_gap(records: Sequence[Record]) -> Finding | None:
     "ES - GS of FT against MEND and MALMEN, mean over m."
     gaps = {}
     for methods in curves(records, lambda point: point["ES"][0] - point["GS"][0]).values():
-        for name, values in methods.items():
-            gaps.setdefault(name, []).extend(values.values())
-    means = {name: statistics.fmean(values) for name, values in gaps.items()}
+        for name, values in methods.items():  # facts without other phrasings have no gap
+            gaps.setdefault(name, []).extend(gap for gap in values.values() if not math.isnan(gap))
+    means = {name: statistics.fmean(values) for name, values in gaps.items() if values}
     if not {"FT", "MEND", "MALMEN"} <= means.keys():
         return None
     text = ", ".join(f"{name} {means[name]:.3f}" for name in ("FT", "MEND", "MALMEN"))

@@ -187,6 +187,18 @@ def test_generalisation_gap_is_a_mean_over_m():
     assert generalisation_gap(others + ft).ours.startswith("FT 0.500")
 
 
+def test_facts_without_other_phrasings_count_by_es_alone():
+    bare = [
+        record("MALMEN", mean=0.8, GS=None, data_set="bare"), record("MEND", mean=0.5, GS=None, data_set="bare"),
+        record("FT", mean=0.9, GS=None, data_set="bare"),
+    ]
+    assert strongest(bare) == Finding("bare, m = 16: 0.80 against 0.90 (FT)", "below")
+    assert generalisation_gap(bare) is None
+    whole = [record(name, ES=es, GS=0.5) for name, es in (("MALMEN", 0.9), ("MEND", 0.6), ("FT", 0.7))]
+    assert generalisation_gap([*whole, *bare]) == generalisation_gap(whole)
+    assert "bare: 0.50 up to m = 16 against 16" in capacity(1)([*whole, *bare]).ours
+
+
 # --- Tables 1 and 2
 
 
