@@ -477,10 +477,7 @@ def test_a_committed_record_of_a_cell_lies_where_the_cell_says(path):
 
 
 # Records made with settings that are not those of the code now, and why they stand. Empty is best.
-OTHER_SETTINGS = {
-    # MEMIT's and CoachHooK's random prefixes came to the small tier after these; they are being made anew.
-    **{f"small/editors_zsre/zsre-{name}-m{m}-s0.json": "prefixes" for name in ("memit", "coachhook") for m in (64, 256)}
-}
+OTHER_SETTINGS: dict[str, str] = {}
 
 
 def test_a_committed_record_of_a_cell_has_the_settings_of_the_code_now():
