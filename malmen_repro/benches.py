@@ -11,7 +11,6 @@ __all__ = ['TIERS', 'FAMILIES', 'SPLITS', 'TUNED', 'QUESTION_FILES', 'CLAIM_FILE
 
 # %% ../nbs/14a_benches.ipynb #53f6a44b
 import json
-import lzma
 import math
 import random
 import shutil
@@ -256,13 +255,14 @@ def corpus_texts(
     data_dir: str | Path,  # with corpus/, or without
 ) -> list[str]:
     "Ordinary text for key statistics: the lines of all text files in corpus/. Raises `FactFileError`."
+    from malmen_repro.small_stand_in import text_lines
+
     found = []
     for path in sorted((Path(data_dir) / "corpus").glob("*.txt*")):
         try:
-            with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-                found += [line.strip() for line in file if line.strip()]
-        except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-            raise FactFileError(f"cannot be read ({error}); {how_to_get(['corpus'], data_dir)}", path) from error
+            found += text_lines(path)
+        except FactFileError as error:
+            raise FactFileError(f"{error.problem}; {how_to_get(['corpus'], data_dir)}", path) from error
     return found
 
 

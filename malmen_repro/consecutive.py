@@ -6,7 +6,6 @@
 __all__ = ['RememberingMALMEN', 'RememberingLeastSquares', 'Consecutive', 'consecutive', 'save', 'resume']
 
 # %% ../nbs/12a_consecutive.ipynb #be30071a
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from .coachhook import CoachHooK, read_state, write_state
 from .editors import EDITORS, MALMEN, Editor, EditorError, LeastSquares
 from .facts import Fact
 from .keys_and_gradients import KeysAndGradients
-from .language_models import fingerprint
+from .language_models import fingerprint, module_hash
 from .normal_equation import StreamingNormalEquation
 from .weight_shifts import WeightShift
 
@@ -154,10 +153,7 @@ def _run(run: Consecutive) -> dict[str, Any]:
     editor = run.editor
     about = {"method": run.method, "language_model": run.fingerprint, **asdict(editor.config)}
     if isinstance(editor, Editor):
-        digest = hashlib.sha256()
-        for name, tensor in editor.networks.state_dict().items():
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        about["networks"] = digest.hexdigest()[:16]
+        about["networks"] = module_hash(editor.networks)[:16]
     if statistics := getattr(editor, "statistics", None):
         about["corpus"] = statistics.provenance.get("corpus")
     return about

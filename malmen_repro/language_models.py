@@ -6,11 +6,12 @@
 __all__ = ['FEED_FORWARD', 'FAMILIES', 'LanguageModelError', 'LayerPatternError', 'EmptyAnswerError', 'ContextLengthError',
            'UnknownLabelError', 'UnsupportedFamilyError', 'weight_view', 'linear_layers', 'match_layers',
            'feed_forward', 'EncodedPair', 'TokenBatch', 'Family', 'Decoder', 'EncoderClassifier', 'EncoderDecoder',
-           'family_of', 'gathered', 'LanguageModel', 'fingerprint', 'same_model']
+           'family_of', 'gathered', 'LanguageModel', 'fingerprint', 'module_hash', 'same_model']
 
 # %% ../nbs/01_language_models.ipynb #0da000e1
 import difflib
 import fnmatch
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -524,6 +525,17 @@ def fingerprint(
         sampled = weight[picks // weight.shape[1], picks % weight.shape[1]]
         layers[name] = {"shape": list(weight.shape), "weights": sampled.float().tolist()}
     return {"model_type": lm.model.config.model_type, "layers": layers}
+
+
+def module_hash(
+    module: nn.Module,
+) -> str:
+    "Hash of all weights and their names, in whatever dtype: two modules with one hash are the same bit by bit."
+    digest = hashlib.sha256()
+    for name, weight in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def same_model(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ModelDuring', 'ROME_TARGET', 'MemorySums', 'memory_update', 'MEMITConfig', 'SubjectRows', 'at_subjects',
-           'SolvedLayer', 'spread', 'critical_layers', 'MEMIT', 'rank_one_update', 'ROME']
+           'SolvedLayer', 'spread', 'memit_layers', 'critical_layers', 'MEMIT', 'rank_one_update', 'ROME']
 
 # %% ../nbs/11b_memit.ipynb #a761b066
 import math
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from .editors import EditorError, check_finite
 from .facts import Fact, check_facts
@@ -188,13 +189,20 @@ def spread(
             yield SolvedLayer(layer, sums, shifts[layer])
 
 # %% ../nbs/11b_memit.ipynb #9d9b9b26
+def memit_layers(
+    model: PreTrainedModel,  # a decoder; its weights are not read
+    blocks: Sequence[int],  # R, counted from 0, such as 3 to 8 of GPT-J's 28
+) -> list[str]:  # in ascending order
+    "The names of the layers that MEMIT edits."
+    return [pattern.replace("*", str(block), 1) for block in sorted(blocks) for pattern in feed_forward(model)]
+
+
 def critical_layers(
     lm: LanguageModel,  # a decoder, wrapped with any layers
-    blocks: Sequence[int],  # R, such as 3 to 8 of GPT-J's 28
+    blocks: Sequence[int],  # R
 ) -> LanguageModel:  # the same model, wrapped with the second feed-forward layers of these blocks
     "A view of the model for MEMIT. Raises `LayerPatternError`."
-    patterns = [pattern.replace("*", str(block), 1) for block in sorted(blocks) for pattern in feed_forward(lm.model)]
-    return LanguageModel(lm.model, lm.tokenizer, patterns)
+    return LanguageModel(lm.model, lm.tokenizer, memit_layers(lm.model, blocks))
 
 
 class MEMIT:

@@ -9,7 +9,7 @@ __all__ = ['FEVER_LABELS', 'GPT2_SIZES', 'BERT_SIZES', 'T5_XL_SIZES', 'GPTJ_SIZE
            'PaperModel', 'powers', 'find_model', 'architecture', 'skeleton', 'edited_layers', 'tuned_layers',
            'shapes_of', 'random_tokenizer', 'random_model', 'wrapped', 'check_model', 'paper_model',
            'hyper_network_size', 'step_memory', 'Cost', 'cached_tokens', 'cost', 'cost_table', 'linear_sizes', 'behind',
-           'activation_memory', 'passes', 'layer_operations', 'step_operations', 'scoring_operations', 'memit_layers',
+           'activation_memory', 'passes', 'layer_operations', 'step_operations', 'scoring_operations',
            'memit_operations', 'statistics_operations', 'Run', 'Item', 'hours', 'run_hours', 'run_memory', 'run_disk',
            'needs_table']
 
@@ -43,7 +43,7 @@ from .editors import EditorConfig, LayerNetworks
 from .facts import MalmenError, near_misses
 from .fine_tuning import FineTuningConfig, fine_tuned_layers
 from .language_models import LanguageModel, family_of, feed_forward, match_layers, weight_view
-from .memit import MEMITConfig
+from .memit import MEMITConfig, memit_layers
 from .training import TrainingConfig
 
 # %% ../nbs/13c_paper_models.ipynb #c5490fd8
@@ -606,14 +606,6 @@ def scoring_operations(
 
 # %% ../nbs/13c_paper_models.ipynb #7c1e90b3
 TEXTS, TEXT_TOKENS = 100_000, 128  # of the corpus (MEMIT, Appendix B.4); the second is an assumption
-
-
-def memit_layers(
-    model: PreTrainedModel,  # a decoder
-    blocks: Sequence[int],  # R, counted from 0
-) -> list[str]:  # in ascending order
-    "The names of the layers that MEMIT edits."
-    return [pattern.replace("*", str(block), 1) for block in sorted(blocks) for pattern in feed_forward(model)]
 
 
 def _up_to(model, layer, prompt_tokens) -> float | int:

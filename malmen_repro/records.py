@@ -27,7 +27,7 @@ import torch
 
 import malmen_repro
 from .facts import Fact, MalmenError
-from .language_models import LanguageModel
+from .language_models import LanguageModel, module_hash
 from .stand_ins import Bench
 
 # %% ../nbs/14_records.ipynb #c85723f4
@@ -208,11 +208,7 @@ def weights_hash(
     lm: LanguageModel,
 ) -> str:
     "Hash of all weights: two runs with one hash had the same language model, bit by bit."
-    digest = hashlib.sha256()
-    for name, weight in lm.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return module_hash(lm.model)
 
 
 def facts_hash(

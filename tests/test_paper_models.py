@@ -16,7 +16,7 @@ from malmen_repro.fine_tuning import fine_tuned_layers
 from malmen_repro.key_statistics import key_statistics
 from malmen_repro.keys_and_gradients import capture
 from malmen_repro.language_models import FAMILIES, LanguageModel, family_of, match_layers
-from malmen_repro.memit import MEMIT, MEMITConfig, critical_layers
+from malmen_repro.memit import MEMIT, MEMITConfig, critical_layers, memit_layers
 from malmen_repro.paper_models import (
     HYPER_PARAMETERS,
     PAPER_MODELS,
@@ -37,7 +37,6 @@ from malmen_repro.paper_models import (
     hyper_network_size,
     layer_operations,
     linear_sizes,
-    memit_layers,
     memit_operations,
     needs_table,
     paper_model,
