@@ -136,7 +136,7 @@ SMALL_MEMIT_METHODS = (*(name for name in MEMIT_METHODS if name != "MEMIT, lambd
 FEW_MEMIT_METHODS = ("MEMIT", "MEMIT, first two blocks", "MEMIT, lambda 10", "MEMIT, lambda 10,000")
 FEW_HOOK_METHODS = ("MEMIT", "CoachHooK", "CoachHooK, no hooks", "CoachHooK, no memory", "CoachHooK, lambda 10,000")
 FEW_TABLE_METHODS = ("FT-M", "MEMIT", "CoachHooK", "MALMEN", "MALMEN, accumulated", "MALMEN untrained")
-SMALL_METHODS = (*MAIN_METHODS, "FT-W", "FT-M", "LoRA", "MEMIT", "CoachHooK")  # ROME takes a search for each fact
+SMALL_METHODS = (*MAIN_METHODS, "FT-W", "FT-M", "LoRA", "MEMIT", "CoachHooK")
 CONSECUTIVE_METHODS = ("MALMEN", "MALMEN, accumulated", "MEND", "MALMEN untrained", "MEMIT", "CoachHooK")
 ALL_METHODS = ("MALMEN", "MEND", "FT", "MALMEN untrained", *(name for name in READY if name != "FT"))
 
@@ -315,7 +315,6 @@ EXPERIMENTS: dict[str, Experiment] = {
                 {"world": (64,)}, 1, CONSECUTIVE_METHODS, (16,), {"world": (16, 64, 256)},
                 full_methods=(*ALL_METHODS, "MALMEN, accumulated"),
             ),
-            "small": Plan({"counterfact": (16, 64, 256, 800)}, 1, (*CONSECUTIVE_METHODS, "FT-M"), (64,), full_seeds=1),
         },
         batch=16,
     ),
@@ -329,7 +328,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "New objects against true ones that the model knows: MEMIT's own measures, against the number of facts.",
         {
             "tiny": Plan({"counterfact": (32,)}, 1, CASE_METHODS, (32, 100), {"counterfact": (10, 32, 100, 316)}),
-            "small": Plan({"counterfact": (64, 256, 804)}, 1, SMALL_METHODS, (256,), full_seeds=1),
+            "small": Plan({"counterfact": (10, 32, 100, 316, 804)}, 1, (*SMALL_METHODS, "ROME"), (256,), full_seeds=1),
         },
         extras=("counterfact",), setting="counterfacts", shown_as="cases",
     ),
@@ -361,6 +360,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "tiny": Plan(
                 {"world": (30,)}, 1, FEW_TABLE_METHODS, (10,), {"world": (30, 100, 1000)}, full_methods=TABLE_METHODS
             ),
+            "small": Plan({"counterfact": (100, 800)}, 1, ("MEND", *FEW_TABLE_METHODS), (64,), full_seeds=1),
         },
         extras=("hooks",), batch=10,
     ),
