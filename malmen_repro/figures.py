@@ -7,8 +7,8 @@ __all__ = ['PAPER_MEASURES', 'MEASURES_OF_CASES', 'PALETTE', 'MARKERS', 'BROKEN'
            'in_order', 'scaling_points', 'spread', 'shown', 'markdown_table', 'spread_note', 'scaling_table',
            'compare_tables', 'figure_title', 'save_figure', 'panels', 'draw_scaling', 'logarithmic_axis',
            'variants_table', 'mean_of', 'residual_points', 'residual_table', 'draw_residuals', 'sequence_points',
-           'sequence_table', 'failure_table', 'case_points', 'case_table', 'draw_cases', 'table_of', 'draw',
-           'committed_figure', 'mean_at']
+           'sequence_table', 'failure_table', 'case_points', 'case_table', 'case_note', 'draw_cases', 'draw_mixtures',
+           'table_of', 'draw', 'committed_figure', 'mean_at']
 
 # %% ../nbs/16_figures.ipynb #4dcb2d0d
 import math
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .experiments import EXPERIMENTS, METHODS
+from .experiments import EXPERIMENTS, METHODS, MIXTURES
 from .extra_measures import pooled_means
 from .records import RecordError, committed_records, read_records
 
@@ -479,6 +479,12 @@ def case_table(
     return f"{markdown_table(['set', 'm', 'method', *MEASURES_OF_CASES, 'seeds'], rows)}\n\n{note}."
 
 
+def case_note(points: Sequence[dict[str, Any]]) -> str:
+    "What the spread of a picture of cases is."
+    seeds = max((point["seeds"] for point in points), default=0)
+    return f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "means over cases, 1 seed"
+
+
 def draw_cases(
     records: Sequence[dict[str, Any]],
     path: str | Path | None = None,  # without suffix
@@ -488,9 +494,7 @@ def draw_cases(
 
     points, names = case_points(records), ("S", "ES", "PS", "NS", "GE")
     sets = list(dict.fromkeys(point["data_set"] for point in points))
-    seeds = max((point["seeds"] for point in points), default=0)
-    note = f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "means over cases, 1 seed"
-    with panels(len(sets), len(names), records, path, note) as (figure, grid):
+    with panels(len(sets), len(names), records, path, case_note(points)) as (figure, grid):
         for row, data_set in zip(grid, sets, strict=True):
             for ax, name in zip(row, names, strict=True):
                 _panel(ax, [point for point in points if point["data_set"] == data_set], name)
@@ -504,6 +508,40 @@ def draw_cases(
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     return figure
 
+# %% ../nbs/16_figures.ipynb #7d1e90ac
+def draw_mixtures(
+    records: Sequence[dict[str, Any]],
+    path: str | Path | None = None,  # without suffix
+):  # a matplotlib figure
+    "MEMIT's Fig. 7: S on facts of two relations beside S on either, a panel for each pair of relations and method."
+    import seaborn as sns
+
+    points = case_points(records)
+    curves: dict[tuple[str, str], dict[int, tuple[float, float, float]]] = defaultdict(dict)
+    for point in points:
+        curves[point["data_set"], point["method"]][point["num_facts"]] = point["S"]
+    methods = list(dict.fromkeys(point["method"] for point in points))
+    pairs = {name: sets for name, sets in MIXTURES.items() if {*sets} & {point["data_set"] for point in points}}
+    places = [(method, name) for method in methods for name in pairs]
+    rows = len(methods) if len(pairs) > 1 else 1  # methods beside one another for one pair, below for several
+    with panels(rows, max(len(places) // rows, 1), records, path, case_note(points), sharey=True) as (figure, grid):
+        for ax, (method, name) in zip(grid.flat, places, strict=True):
+            first, second, both = (curves[data_set, method] for data_set in pairs[name])
+            means = {m: ((first[m][0] + second[m][0]) / 2,) for m in first.keys() & second.keys() & both.keys()}
+            own = {"color": PALETTE[method], "marker": MARKERS[method]}
+            looks = {"color": "0.7", "marker": "o"}, {"color": "0.4", "marker": "o"}, {"color": "k", "ls": "--"}, own
+            labels = *pairs[name][:2], "mean of the two", pairs[name][2]
+            for curve, label, look in zip((first, second, means, both), labels, looks, strict=True):
+                sns.lineplot(x=list(curve), y=[s for s, *_ in curve.values()], ax=ax, label=label, **look)
+            low, high = ([spread[end] for spread in both.values()] for end in (1, 2))
+            ax.fill_between(list(both), low, high, color=PALETTE[method], alpha=0.2, linewidth=0)
+            logarithmic_axis(ax, sorted({*first, *second, *both}))
+            ax.set(ylim=(-0.02, 1.02), title=f"{name}{method}")
+            ax.legend(fontsize=8, loc="lower left")
+        for row in grid:
+            row[0].set_ylabel("S")
+    return figure
+
 # %% ../nbs/16_figures.ipynb #aa2428bb
 SHOWN_AS: dict[str, tuple[Callable[..., str], Callable[..., Any] | None]] = {  # table, picture
     "curve": (scaling_table, draw_scaling),
@@ -512,6 +550,7 @@ SHOWN_AS: dict[str, tuple[Callable[..., str], Callable[..., Any] | None]] = {  #
     "sequences": (sequence_table, None),
     "failures": (failure_table, None),
     "cases": (case_table, draw_cases),
+    "mixtures": (case_table, draw_mixtures),
     "cases table": (case_table, None),
 }
 

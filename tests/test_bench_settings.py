@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from malmen_repro.bench_settings import BENCH_SETTINGS, alternatives, counterfacts, mixed_relations
+from malmen_repro.bench_settings import BENCH_SETTINGS, PAIRS, alternatives, counterfacts, mixed_relations
 from malmen_repro.benches import BenchError
 from malmen_repro.counterfact import CounterfactError
 from malmen_repro.records import fingerprints
@@ -87,6 +87,20 @@ def test_relations_apart_and_mixed():
     assert len(first) == len(second) and len(both) == 2 * (len(first) // 2)
     assert [fact.relation for fact in both[:4]] == [names[0], names[1]] * 2  # any first m of it are mixed
     assert set(both) <= {*first, *second}
+
+
+def test_the_papers_four_pairs_where_the_bench_has_their_relations():
+    papers = list(dict.fromkeys(name for pair in PAIRS.values() for name in pair))
+    bench = knowing_bench(700)
+    known = [replace(fact, relation=papers[i // 14 % 7]) for i, fact in enumerate(bench.known_facts)]
+    changed = mixed_relations(replace(bench, known_facts=known), 0)
+    assert set(changed.eval_facts) == {*papers, *(" and ".join(pair) for pair in PAIRS.values())}
+    assert changed.provenance["relations"] == papers
+    for first, second in PAIRS.values():
+        alone, other, both = (changed.eval_facts[name] for name in (first, second, f"{first} and {second}"))
+        assert [f.relation for f in both[:4]] == [first, second] * 2 and set(both) <= {*alone, *other}
+        assert {f.relation for f in alone} == {first} and {f.relation for f in other} == {second}
+        assert len(both) == 2 * (min(len(alone), len(other)) // 2)
 
 
 def test_mixing_takes_two_relations():

@@ -15,7 +15,7 @@ import pytest
 
 from malmen_repro import figures
 from malmen_repro.benches import TIERS
-from malmen_repro.experiments import EXPERIMENTS, METHODS
+from malmen_repro.experiments import EXPERIMENTS, METHODS, MIXED, MIXTURES
 from malmen_repro.figures import (
     MARKERS,
     OWN_WAY,
@@ -28,6 +28,7 @@ from malmen_repro.figures import (
     compare_tables,
     draw,
     draw_cases,
+    draw_mixtures,
     draw_residuals,
     draw_scaling,
     failure_table,
@@ -513,6 +514,7 @@ MADE = {
     "failures": lambda name: [failure_record(failure_block())],
     "cases": lambda name: [case_record(m=m, experiment=name) for m in (16, 64)],
     "cases table": lambda name: [case_record(experiment=name)],
+    "mixtures": lambda name: mixture(MIXED),
 }
 
 
@@ -694,3 +696,26 @@ def test_case_panels_show_the_level_before_the_edit(tmp_path):
     assert figure.get_suptitle().endswith("\nmeans over cases, 1 seed")
     several = draw_cases([case_record(seed=seed) for seed in (0, 1)])
     assert several.get_suptitle().endswith("over 2 seeds")
+
+
+def mixture(sets, method="MEMIT", ms=(4, 16), **means):
+    about = {"experiment": "mixed_relations", **means}
+    return [case_record(method, m, data_set=name, **about, ES=0.2 + 0.2 * k) for k, name in enumerate(sets) for m in ms]
+
+
+def test_mixtures_stand_beside_the_mean_of_their_relations(tmp_path):
+    figure = draw_mixtures([*mixture(MIXED), *mixture(MIXED, "MALMEN")], tmp_path / "mixed")
+    assert [ax.get_title() for ax in figure.axes] == ["MALMEN", "MEMIT"]  # beside one another
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[1].lines}
+    s = [3 / (1 / es + 2 + 2) for es in (0.2, 0.4, 0.6)]
+    assert list(lines) == ["first relation", "second relation", "mean of the two", "both relations"]
+    assert [value[0] for value in lines.values()] == pytest.approx([s[0], s[1], (s[0] + s[1]) / 2, s[2]])
+    assert (tmp_path / "mixed.svg").stat().st_size > 0
+
+
+def test_each_scenario_has_a_column_and_what_is_not_there_yet_is_left_out():
+    made = [one for name in ("(a) ", "(d) ") for one in mixture(MIXTURES[name])]
+    figure = draw_mixtures([*made, *mixture(["P27"], "MALMEN")])
+    assert [ax.get_title() for ax in figure.axes] == ["(a) MALMEN", "(d) MALMEN", "(a) MEMIT", "(d) MEMIT"]
+    assert all(list(line.get_xdata()) == [] for line in figure.axes[0].lines[1:])
+    assert "P27 and P937" in {text.get_text() for text in figure.axes[3].get_legend().get_texts()}

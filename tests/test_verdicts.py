@@ -7,7 +7,7 @@ import pytest
 
 from malmen_repro import verdicts
 from malmen_repro.cli import OTHERS
-from malmen_repro.experiments import BATCH_METHODS, EXPERIMENTS, METHODS, MIXED
+from malmen_repro.experiments import BATCH_METHODS, EXPERIMENTS, METHODS, MIXED, MIXTURES
 from malmen_repro.figures import scaling_points
 from malmen_repro.records import RecordError, committed_records, read_record, write_record
 from malmen_repro.verdicts import (
@@ -501,9 +501,16 @@ def test_lambda_trades(ns, es, wanted):
 
 @pytest.mark.parametrize(("both", "wanted"), [(0.55, "reproduced"), (0.7, "below")])
 def test_near_the_average(both, wanted):
-    levels = zip(MIXED, (0.4, 0.6, both), strict=True)
-    made = [case_record(data_set=name, ES=x, PS=x, NS=x, experiment="mixed_relations") for name, x in levels]
-    assert near_the_average(made).verdict == wanted and near_the_average(made[:2]) is None
+    def made(sets, *levels):
+        levels = zip(sets, levels, strict=True)
+        return [case_record(data_set=name, ES=x, PS=x, NS=x, experiment="mixed_relations") for name, x in levels]
+
+    two = made(MIXED, 0.4, 0.6, both)
+    assert near_the_average(two).verdict == wanted and near_the_average(two[:2]) is None
+    assert near_the_average(two).ours == f"m = 16: {both - 0.5:+.3f}"
+    several = made(MIXTURES["(c) "], 0.4, 0.6, 0.5) + made(MIXTURES["(d) "], 0.4, 0.6, both)
+    found = near_the_average(several)  # the widest of all scenarios decides
+    assert found.verdict == wanted and found.ours == f"(c) m = 16: +0.000; (d) m = 16: {both - 0.5:+.3f}"
 
 
 def hook_record(m=16, after=1.1, size=100, method="CoachHooK"):
