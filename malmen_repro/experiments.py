@@ -335,7 +335,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 {"counterfact": (32,)}, 1, FEW_CASE_METHODS, (32, 100), {"counterfact": (10, 32, 100, 316)},
                 full_methods=CASE_METHODS,
             ),
-            "small": Plan({"counterfact": (10, 32, 100, 316, 804)}, 1, (*SMALL_METHODS, "ROME"), (256,), full_seeds=1),
+            "small": Plan({"counterfact": (32, 100, 316, 804)}, 1, (*SMALL_METHODS, "ROME"), (256,), full_seeds=1),
         },
         extras=("counterfact",), setting="counterfacts", shown_as="cases",
     ),
@@ -372,7 +372,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "tiny": Plan(
                 {"world": (30,)}, 1, FEW_TABLE_METHODS, (10,), {"world": (30, 100, 1000)}, full_methods=TABLE_METHODS
             ),
-            "small": Plan({"counterfact": (100, 800)}, 1, ("MEND", *FEW_TABLE_METHODS), (64,), full_seeds=1),
+            "small": Plan({"counterfact": (800,)}, 1, ("MEND", *FEW_TABLE_METHODS), (64,), full_seeds=1),
         },
         extras=("hooks",), batch=10,
     ),
