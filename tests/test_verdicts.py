@@ -467,6 +467,8 @@ def test_leads_compares_at_the_largest_m_or_where_it_is_told():
     assert leads("MEMIT", ("ROME",), average, 16, 0.35)(made).verdict == "reproduced"
     assert leads("MEMIT", ("ROME", "FT"), average)(made) is None  # a rival without records
     assert leads("FT", ("ROME",), average)(made) is None
+    made.append(record("MEMIT", 256, mean=0.1))  # where no rival is
+    assert leads("MEMIT", ("ROME",), average)(made) == at_most and leads("MEMIT", ("ROME",), average, 256)(made) is None
 
 
 def test_average_and_score_of_records():
