@@ -325,7 +325,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "editors_zsre": Experiment(
         "All editors on zsRE", "MEMIT, Table 1", "questions",
         "Every editor on real questions, in a stand-in that was taught to recall facts at their subject.",
-        {"small": Plan({"zsre": (64, 256, 1037)}, 1, SMALL_METHODS, (64,), full_seeds=1)},
+        {"small": Plan({"zsre": (64, 256, 1037)}, 1, (*SMALL_METHODS, "ROME"), (64,), full_seeds=1)},
     ),
     "counterfact": Experiment(
         "Counterfactuals", "MEMIT, Table 2 and Fig. 5", "subjects",
