@@ -335,6 +335,7 @@ def ready(
     from dataclasses import asdict
 
     from malmen_repro.ready_editors import ready_editor, ready_settings
+    from malmen_repro.small_stand_in import text_lines
     from malmen_repro.stand_ins import Bench, cache_folder
 
     try:
@@ -346,20 +347,10 @@ def ready(
         if args.corpus is None or not args.blocks:
             raise UsageError(f"{args.method} needs --corpus FILE, a text a line, and --blocks N ..., counted from 0")
         memit["blocks"] = args.blocks
-        corpus = _lines(args.corpus)
+        if not (corpus := text_lines(args.corpus)):
+            raise UsageError(f"{args.corpus} holds no text: --corpus takes ordinary text, a line each")
     bench = Bench(lm, [], {}, {}, corpus=corpus)
     return ready_editor(args.method, bench, values, cache_folder(), progress=not args.quiet)
-
-
-def _lines(path: Path) -> list[str]:
-    "A corpus. Raises `UsageError` if there is no text in it."
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not text in UTF-8: {error}") from error
-    if not any(line.strip() for line in lines):
-        raise UsageError(f"{path} holds no text: --corpus takes ordinary text, a line each")
-    return lines
 
 
 def _set(
@@ -605,7 +596,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--editor", type=Path, metavar="DIR", help="what `train` wrote")
     summary = "instead of --editor: a method that needs no training"
     one.add_argument("--method", type=ready_method, choices=READY_METHODS, help=summary)
-    one.add_argument("--corpus", type=Path, metavar="FILE", help="ordinary text, a line each: MEMIT, ROME, CoachHooK")
+    summary = "ordinary text, a line each, plain or .xz: for MEMIT, ROME, CoachHooK"
+    one.add_argument("--corpus", type=Path, metavar="FILE", help=summary)
     one.add_argument("--blocks", type=int, nargs="+", metavar="N", help="blocks to edit, from 0: for the same three")
     one.add_argument("--settings", default="{}", metavar="JSON", help="of the method (default: its paper's)")
     one.add_argument("--state", type=Path, metavar="DIR", help="go on from the batches before, and keep this one here")

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import lzma
 import subprocess
 import sys
 import time
@@ -222,7 +223,15 @@ def test_a_corpus_without_text_is_refused(corpus, capsys, method, text):
 
 def test_a_corpus_that_is_no_text_is_refused(corpus, capsys):
     Path("corpus.txt").write_bytes(b"\xff\xfe\x00")
-    assert "corpus.txt is not text in UTF-8" in fails(capsys, f"{edit_line('MEMIT')} --out s --quiet")
+    assert "corpus.txt: cannot be read ('utf-8' codec" in fails(capsys, f"{edit_line('MEMIT')} --out s --quiet")
+
+
+def test_a_corpus_may_be_packed(corpus, capsys):
+    Path("corpus.txt.xz").write_bytes(lzma.compress(Path("corpus.txt").read_bytes()))
+    for name, suffix in (("plain", ""), ("packed", ".xz")):
+        assert call(f"{edit_line('MEMIT').replace('corpus.txt', f'corpus.txt{suffix}')} --out {name} --quiet") == 0
+    plain, packed = (WeightShift.load(name).shifts for name in ("plain", "packed"))
+    assert all(torch.equal(plain[name], shift) for name, shift in packed.items())
 
 
 @pytest.mark.parametrize("method", ["MEMIT", "CoachHooK"])
