@@ -248,17 +248,22 @@ def _panel(ax, points: Sequence[dict[str, Any]], measure: str) -> None:
     import seaborn as sns
     from matplotlib.ticker import PercentFormatter
 
+    ms = sorted({point["num_facts"] for point in points})
+    points = [point for point in points if not math.isnan(point[measure][0])]
+    if not points:  # such as GS of facts without other phrasings; a log axis takes no emptiness
+        ax.text(0.5, 0.5, f"no {measure}", transform=ax.transAxes, ha="center", color="grey")
+        ax.set_xlim(ms[0] / 1.2, ms[-1] * 1.2)
     for method in dict.fromkeys(point["method"] for point in points):
         ours = [point for point in points if point["method"] == method]
-        ms, (means, lows, highs) = [p["num_facts"] for p in ours], zip(*(p[measure] for p in ours), strict=True)
+        xs, (means, lows, highs) = [p["num_facts"] for p in ours], zip(*(p[measure] for p in ours), strict=True)
         look = {"color": PALETTE.get(method), "marker": MARKERS.get(method, "D"), **LOOKS.get(method, {})}
-        sns.lineplot(x=ms, y=means, ax=ax, label=method, legend=False, **look)
-        ax.fill_between(ms, lows, highs, color=ax.lines[-1].get_color(), alpha=0.2, linewidth=0)
-    if measure == "LS" or measure in MEASURES_OF_CASES[3:]:
+        sns.lineplot(x=xs, y=means, ax=ax, label=method, legend=False, **look)
+        ax.fill_between(xs, lows, highs, color=ax.lines[-1].get_color(), alpha=0.2, linewidth=0)
+    if points and (measure == "LS" or measure in MEASURES_OF_CASES[3:]):
         before = {point["num_facts"]: point[f"{measure} before"][0] for point in points}
         look = {"color": "grey", "linestyle": "--", "label": "before editing", "legend": False, "zorder": 1}
         sns.lineplot(x=list(before), y=list(before.values()), ax=ax, **look)
-    logarithmic_axis(ax, sorted({point["num_facts"] for point in points}))
+    logarithmic_axis(ax, ms)
     ax.set_ylim(-0.02, 1.02)
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     ax.set_title(measure)

@@ -448,6 +448,16 @@ def test_figure_says_tier_model_and_seeds():
     assert draw_scaling([record()]).axes[0].get_ylabel() == "per cent"
 
 
+def test_a_set_without_other_phrasings_has_an_empty_panel(tmp_path):
+    bare = [record(method, m, GS=None, data_set="bare") for method in TOY_METHODS for m in (16, 64)]
+    figure = draw_scaling([*bare, *(record(m=m, data_set="full") for m in (16, 64))], tmp_path / "x")
+    empty, full = figure.axes[1], figure.axes[4]
+    assert not empty.lines and [text.get_text() for text in empty.texts] == ["no GS"]
+    assert len(full.lines) == 1 and not full.texts and (tmp_path / "x.png").stat().st_size > 0
+    assert [label.get_text() for label in empty.get_xticklabels()] == ["16", "64"]
+    assert draw_scaling(bare).legends[0].get_texts()
+
+
 def test_a_figure_is_drawn_from_records_alone_and_is_deterministic(tmp_path):
     made = [record(method, m, seed, 0.1 * seed + m / 100) for method in TOY_METHODS for m in (2, 4) for seed in (0, 1)]
     draw_scaling(made, tmp_path / "a" / "one.v1")
