@@ -477,9 +477,9 @@ def claim_facts(
 ) -> tuple[list[Fact], dict[str, list[Fact]]]:  # for the editor's training, and to edit
     "Claims that the model knows, with the other label (Section 5.1). Raises as `claim_data`."
     data = claim_data(data_dir, config.seed, evaluation=config.evaluation, train=config.train)
-    edited, unrelated = data.fever_dev[::2], data.fever_dev[1::2]
-    fever = pair_unrelated(edited, unrelated, config.seed)  # without phrasings: for ES and LS alone
-    return flipped(data.train), {"pararel": flipped(data.evaluation), "fever": flipped(fever)}
+    taught = pair_unrelated([*data.train, *data.fever_train[::2]], data.fever_train[1::2], config.seed)
+    fever = pair_unrelated(data.fever_dev[::2], data.fever_dev[1::2], config.seed)  # without phrasings: for ES and LS
+    return flipped(taught), {"pararel": flipped(data.evaluation), "fever": flipped(fever)}
 
 # %% ../nbs/13b_small_stand_in.ipynb #0861c55e
 @lru_cache(maxsize=1)  # three functions ask for the same, and it takes seconds
