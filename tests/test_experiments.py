@@ -11,7 +11,7 @@ import torch
 
 from malmen_repro import benches, experiments
 from malmen_repro.benches import TIERS
-from malmen_repro.coachhook import CoachHooK, CoachHooKConfig
+from malmen_repro.coachhook import CoachHooKConfig
 from malmen_repro.editors import EditorConfig, NonFiniteShiftError
 from malmen_repro.evaluation import MEASURES, Scores, evaluate
 from malmen_repro.experiments import (
@@ -743,21 +743,6 @@ def test_an_experiment_of_batches_says_so_in_its_plan():
     assert one.batch == 16 and set(CONSECUTIVE_METHODS) <= set(METHODS) and set(ALL_METHODS) <= set(METHODS)
     cells = cells_of("consecutive", "tiny", full=True)
     assert {c.train_num_facts for c in cells} == {16} and {c.num_facts for c in cells} == {16, 64, 256}
-
-
-def test_a_method_may_have_batches_of_its_own(tmp_path, monkeypatch):
-    sizes = []
-
-    def edit(self, facts, *_args):
-        sizes.append(len(facts))
-        return WeightShift({name: torch.zeros(shape) for name, shape in self.lm.shapes.items()})
-
-    monkeypatch.setattr(CoachHooK, "edit", edit)
-    monkeypatch.setitem(METHODS, "CoachHooK", replace(METHODS["CoachHooK"], batch=2))
-    run_method("CoachHooK", tmp_path)
-    assert sizes[:2] == [2, 1] and METHODS["CoachHooK, batches of 100"].batch == 100
-    plan = EXPERIMENTS["coachhook_batch_sizes"].plans["tiny"]
-    assert plan.full_methods == ("CoachHooK", "CoachHooK, batches of 100", "CoachHooK, batches of 1,000")
 
 
 def test_fine_tuning_needs_no_training_and_leaves_nothing_behind(tmp_path):
