@@ -369,7 +369,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "tiny": Plan(
                 {"world": (30,)}, 1, FEW_TABLE_METHODS, (10,), {"world": (30, 100, 1000)}, full_methods=TABLE_METHODS
             ),
-            "small": Plan({"counterfact": (800,)}, 1, TABLE_METHODS, (64,), full_seeds=1),
+            "small": Plan({"counterfact": (400,)}, 1, TABLE_METHODS, (64,), full_seeds=1),
         },
         extras=("hooks",), batch=10,
     ),
