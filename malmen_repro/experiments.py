@@ -387,7 +387,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "CoachHooK in batches of other sizes", "CoachHooK, Fig. 7", "subjects",
         "One batch of ten, of a hundred and of a thousand facts, each from the unedited model on.",
         {
-            "tiny": Plan({"world": (100, 1000)}, 1, ("CoachHooK",), full_num_facts={"world": (10, 100, 1000)}),
+            "tiny": Plan({"world": (100, 1000)}, 1, ("CoachHooK", "MEMIT"), (), {"world": (10, 100, 1000)}),
         },
         shown_as="variants",
     ),

@@ -534,13 +534,17 @@ def draw_mixtures(
             first, second, both = (curves[data_set, method] for data_set in pairs[name])
             means = {m: ((first[m][0] + second[m][0]) / 2,) for m in first.keys() & second.keys() & both.keys()}
             own = {"color": PALETTE[method], "marker": MARKERS[method]}
-            looks = {"color": "0.7", "marker": "o"}, {"color": "0.4", "marker": "o"}, {"color": "k", "ls": "--"}, own
+            grey = ({"color": shade, "marker": "o"} for shade in ("0.7", "0.4"))
+            looks = *grey, {"color": "black", "linestyle": "--", "marker": "D", "markersize": 4}, own
+            ms = sorted(both or {*first, *second}) or [1]  # where one relation has more facts, another pair shows them
             labels = *pairs[name][:2], "mean of the two", pairs[name][2]
             for curve, label, look in zip((first, second, means, both), labels, looks, strict=True):
-                sns.lineplot(x=list(curve), y=[s for s, *_ in curve.values()], ax=ax, label=label, **look)
+                xs = [m for m in curve if m in ms]
+                sns.lineplot(x=xs, y=[curve[m][0] for m in xs], ax=ax, label=label, **look)
             low, high = ([spread[end] for spread in both.values()] for end in (1, 2))
             ax.fill_between(list(both), low, high, color=PALETTE[method], alpha=0.2, linewidth=0)
-            logarithmic_axis(ax, sorted({*first, *second, *both}))
+            logarithmic_axis(ax, ms)
+            ax.set_xlim(ms[0] / 1.2, ms[-1] * 1.2)
             ax.set(ylim=(-0.02, 1.02), title=f"{name}{method}")
             ax.legend(fontsize=8, loc="lower left")
         for row in grid:
