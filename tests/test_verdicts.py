@@ -42,6 +42,7 @@ from malmen_repro.verdicts import (
     same_errors,
     score_curves,
     single_tokens,
+    smaller_lambda,
     sometimes_right,
     strongest,
     success,
@@ -536,6 +537,17 @@ def test_the_size_of_a_batch():
     assert found.verdict == "reproduced"
     assert found.ours == "0.820 in a batch of 10, 0.800 in a batch of 100, 0.780 in a batch of 1,000"
     assert batch_size_gap(made(0.8, 0.7, 0.8)).verdict == "below" and batch_size_gap(made(0.8, 0.8)) is None
+
+
+@pytest.mark.parametrize(("few", "many", "wanted"), [
+    (0.69, 0.3, "reproduced"), (0.6, 0.3, "below"), (0.69, 0.5, "below"),
+])  # fmt: skip
+def test_a_smaller_lambda(few, many, wanted):
+    made = [ablation("CoachHooK", m, mean, mean) for m, mean in ((30, 0.7), (1000, 0.5))]
+    made += [ablation("CoachHooK, lambda 100", m, mean, mean) for m, mean in ((30, few), (1000, many))]
+    assert smaller_lambda(made).verdict == wanted and smaller_lambda(made[:3]) is None
+    ours = f"lambda 100 less 1,000: {few - 0.7:+.3f} at m = 30, {many - 0.5:+.3f} at m = 1000"
+    assert smaller_lambda(made).ours == ours
 
 
 @pytest.mark.parametrize(("es", "ls", "wanted"), [(0.1, 1.0, "reproduced"), (0.6, 1.0, "below"), (0.1, 0.8, "below")])
