@@ -6,11 +6,11 @@
 __all__ = ['LAMBDAS', 'METHODS', 'MAIN_METHODS', 'TABLE_METHODS', 'HOOK_METHODS', 'CASE_METHODS', 'NOT_TINY',
            'SMALL_MEMIT_METHODS', 'MEMIT_METHODS', 'FEW_MEMIT_METHODS', 'FEW_HOOK_METHODS', 'FEW_CASE_METHODS',
            'FEW_TABLE_METHODS', 'SMALL_METHODS', 'CONSECUTIVE_METHODS', 'ALL_METHODS', 'SMALL_KNOWN', 'SMALL_QUESTIONS',
-           'SMALL_STACKS', 'BASE_QUESTIONS', 'SMALL_CLAIMS', 'MIXED', 'MIXTURES', 'SMALL_ABLATION', 'EXPERIMENTS',
-           'SETTINGS', 'SCHEMA', 'SettingsOf', 'OBSERVED', 'ExperimentError', 'UnknownExperimentError', 'CellError',
-           'LeftOutWarning', 'Method', 'Cell', 'slug', 'Plan', 'Experiment', 'find_experiment', 'cells_of',
-           'trained_for', 'at', 'training_settings', 'EvaluationConfig', 'altered', 'configuration', 'condensed',
-           'edited_model', 'trained_editor', 'without_training', 'editor_of', 'evaluation_blocks', 'pooled', 'run_cell',
+           'SMALL_STACKS', 'BASE_QUESTIONS', 'SMALL_CLAIMS', 'SMALL_ABLATION', 'EXPERIMENTS', 'SETTINGS', 'SCHEMA',
+           'SettingsOf', 'OBSERVED', 'ExperimentError', 'UnknownExperimentError', 'CellError', 'LeftOutWarning',
+           'Method', 'Cell', 'slug', 'Plan', 'Experiment', 'find_experiment', 'cells_of', 'trained_for', 'at',
+           'training_settings', 'EvaluationConfig', 'altered', 'configuration', 'condensed', 'edited_model',
+           'trained_editor', 'without_training', 'editor_of', 'evaluation_blocks', 'pooled', 'run_cell',
            'edited_in_batches', 'scores_of', 'learned', 'run_cells', 'left_out', 'changed', 'check_same_bench']
 
 # %% ../nbs/15_experiments.ipynb #0d6b1775
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .bench_settings import BENCH_SETTINGS, PAIRS
+from .bench_settings import BENCH_SETTINGS, MIXED
 from .benches import TRAIN_FACTS, BenchFor
 from .consecutive import RememberingMALMEN, consecutive
 from .editors import MALMEN, MEND, Editor, EditorConfig
@@ -249,8 +249,6 @@ SMALL_QUESTIONS = Plan(
 SMALL_STACKS = replace(SMALL_QUESTIONS, trained_at=(64,))  # blocks that grow break its training, notebook 22
 BASE_QUESTIONS = replace(SMALL_QUESTIONS, methods=SMALL_METHODS, trained_at=(64, 512))
 SMALL_CLAIMS = Plan(dict.fromkeys(("pararel", "fever"), (16, 64, 256, 1024)), seeds=1, trained_at=(256,))
-MIXED = ("first relation", "second relation", "both relations")
-MIXTURES = {"": MIXED, **{f"({name}) ": (*pair, " and ".join(pair)) for name, pair in PAIRS.items()}}  # by scenario
 SMALL_ABLATION = Plan({"zsre": (256,), "entity_questions": (256,)}, seeds=1, trained_at=(512,))
 
 EXPERIMENTS: dict[str, Experiment] = {

@@ -6,9 +6,9 @@
 __all__ = ['PAPER_MEASURES', 'MEASURES_OF_CASES', 'PALETTE', 'MARKERS', 'BROKEN', 'LOOKS', 'ROW_NAMES', 'OWN_WAY', 'SHOWN_AS',
            'in_order', 'scaling_points', 'spread', 'shown', 'markdown_table', 'spread_note', 'scaling_table',
            'compare_tables', 'figure_title', 'save_figure', 'panels', 'draw_scaling', 'logarithmic_axis',
-           'variants_table', 'mean_of', 'residual_points', 'residual_table', 'draw_residuals', 'sequence_points',
-           'sequence_table', 'failure_table', 'case_points', 'case_table', 'case_note', 'draw_cases', 'draw_mixtures',
-           'table_of', 'draw', 'committed_figure', 'mean_at']
+           'per_cent_axis', 'variants_table', 'mean_of', 'residual_points', 'residual_table', 'draw_residuals',
+           'sequence_points', 'sequence_table', 'failure_table', 'case_points', 'case_table', 'case_note', 'draw_cases',
+           'draw_mixtures', 'table_of', 'draw', 'committed_figure', 'mean_at']
 
 # %% ../nbs/16_figures.ipynb #4dcb2d0d
 import math
@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .experiments import EXPERIMENTS, METHODS, MIXTURES
+from .bench_settings import MIXTURES
+from .experiments import EXPERIMENTS, METHODS
 from .extra_measures import pooled_means
 from .records import RecordError, committed_records, read_records
 
@@ -243,10 +244,17 @@ def logarithmic_axis(ax, ms: Sequence[int]) -> None:
     ax.set_xticks(ms, [str(m) for m in ms], minor=False)
 
 
+def per_cent_axis(ax) -> None:
+    "An axis of a share, from 0 to 100 per cent."
+    from matplotlib.ticker import PercentFormatter
+
+    ax.set_ylim(-0.02, 1.02)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+
+
 def _panel(ax, points: Sequence[dict[str, Any]], measure: str) -> None:
     "One measure of one data set."
     import seaborn as sns
-    from matplotlib.ticker import PercentFormatter
 
     ms = sorted({point["num_facts"] for point in points})
     points = [point for point in points if not math.isnan(point[measure][0])]
@@ -264,8 +272,7 @@ def _panel(ax, points: Sequence[dict[str, Any]], measure: str) -> None:
         look = {"color": "grey", "linestyle": "--", "label": "before editing", "legend": False, "zorder": 1}
         sns.lineplot(x=list(before), y=list(before.values()), ax=ax, **look)
     logarithmic_axis(ax, ms)
-    ax.set_ylim(-0.02, 1.02)
-    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    per_cent_axis(ax)
     ax.set_title(measure)
 
 # %% ../nbs/16_figures.ipynb #b3aa9b88
@@ -545,10 +552,11 @@ def draw_mixtures(
             ax.fill_between(list(both), low, high, color=PALETTE[method], alpha=0.2, linewidth=0)
             logarithmic_axis(ax, ms)
             ax.set_xlim(ms[0] / 1.2, ms[-1] * 1.2)
-            ax.set(ylim=(-0.02, 1.02), title=f"{name}{method}")
+            per_cent_axis(ax)
+            ax.set_title(f"{name}{method}")
             ax.legend(fontsize=8, loc="lower left")
         for row in grid:
-            row[0].set_ylabel("S")
+            row[0].set_ylabel("S, per cent")
     return figure
 
 # %% ../nbs/16_figures.ipynb #aa2428bb

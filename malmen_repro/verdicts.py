@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .bench_settings import MIXTURES
 from .counterfact import harmonic_mean
-from .experiments import METHODS, MIXTURES
+from .experiments import METHODS
 from malmen_repro.figures import (
     case_points,
     markdown_table,

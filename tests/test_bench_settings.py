@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from malmen_repro.bench_settings import BENCH_SETTINGS, PAIRS, alternatives, counterfacts, mixed_relations
+from malmen_repro.bench_settings import BENCH_SETTINGS, MIXTURES, alternatives, counterfacts, mixed_relations
 from malmen_repro.benches import BenchError
 from malmen_repro.counterfact import CounterfactError
 from malmen_repro.records import fingerprints
@@ -90,13 +90,14 @@ def test_relations_apart_and_mixed():
 
 
 def test_the_papers_four_pairs_where_the_bench_has_their_relations():
-    papers = list(dict.fromkeys(name for pair in PAIRS.values() for name in pair))
+    pairs = [names[:2] for scenario, names in MIXTURES.items() if scenario]
+    papers = list(dict.fromkeys(name for pair in pairs for name in pair))
     bench = knowing_bench(700)
     known = [replace(fact, relation=papers[i // 14 % 7]) for i, fact in enumerate(bench.known_facts)]
     changed = mixed_relations(replace(bench, known_facts=known), 0)
-    assert set(changed.eval_facts) == {*papers, *(" and ".join(pair) for pair in PAIRS.values())}
+    assert set(changed.eval_facts) == {*papers, *(" and ".join(pair) for pair in pairs)}
     assert changed.provenance["relations"] == papers
-    for first, second in PAIRS.values():
+    for first, second in pairs:
         alone, other, both = (changed.eval_facts[name] for name in (first, second, f"{first} and {second}"))
         assert [f.relation for f in both[:4]] == [first, second] * 2 and set(both) <= {*alone, *other}
         assert {f.relation for f in alone} == {first} and {f.relation for f in other} == {second}

@@ -14,8 +14,9 @@ import matplotlib.image
 import pytest
 
 from malmen_repro import figures
+from malmen_repro.bench_settings import MIXED, MIXTURES
 from malmen_repro.benches import TIERS
-from malmen_repro.experiments import EXPERIMENTS, METHODS, MIXED, MIXTURES
+from malmen_repro.experiments import EXPERIMENTS, METHODS
 from malmen_repro.figures import (
     MARKERS,
     OWN_WAY,
@@ -721,6 +722,8 @@ def test_mixtures_stand_beside_the_mean_of_their_relations(tmp_path):
     assert list(lines) == ["first relation", "second relation", "mean of the two", "both relations"]
     assert [value[0] for value in lines.values()] == pytest.approx([s[0], s[1], (s[0] + s[1]) / 2, s[2]])
     assert (tmp_path / "mixed.svg").stat().st_size > 0
+    ax = figure.axes[0]
+    assert ax.get_ylabel() == "S, per cent" and [ax.yaxis.get_major_formatter()(y) for y in (0.2, 1)] == ["20", "100"]
 
 
 def test_each_scenario_has_a_column_and_what_is_not_there_yet_is_left_out():

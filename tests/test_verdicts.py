@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from malmen_repro import verdicts
+from malmen_repro.bench_settings import MIXED, MIXTURES
 from malmen_repro.cli import OTHERS
-from malmen_repro.experiments import EXPERIMENTS, METHODS, MIXED, MIXTURES
+from malmen_repro.experiments import EXPERIMENTS, METHODS
 from malmen_repro.figures import scaling_points
 from malmen_repro.records import RecordError, committed_records, read_record, write_record
 from malmen_repro.verdicts import (
