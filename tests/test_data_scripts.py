@@ -746,6 +746,7 @@ def test_manifest(name, item):
         assert sum(key in download for key in ("address", "drive_folder", "hub")) == 1
         assert download["sha256"] is None or re.fullmatch(r"[0-9a-f]{64}", download["sha256"])
         assert {"revision", "bytes", "rows"} <= set(download) and download["rows_from"] and download["checked"]
+        assert (download["sha256"] is None) == ("sha256_from" not in download) == (download["bytes"] is None)
         assert download.get("address", "https://").startswith("https://")
         if "raw.githubusercontent.com" in download.get("address", ""):
             assert re.fullmatch(r"[0-9a-f]{40}", download["revision"]) and download["revision"] in download["address"]
@@ -754,6 +755,16 @@ def test_manifest(name, item):
         for source_ in made_["from"].values():
             assert source_ in files or (source_ in prepared and source_.split("/")[0] in item["needs"])
     assert "needs" not in item or set(item["needs"]) <= set(the_manifest()["data_sets"])
+
+
+def test_hashes_are_known_but_where_nobody_published_one():
+    downloads_ = [entry for _, item in all_sources() for entry in item["downloads"] if "address" in entry]
+    unknown = {entry["file"] for entry in downloads_ if entry["sha256"] is None}
+    assert unknown == {"zsre_mend_eval.json", "pararel-main.zip"}
+    hashes = {}
+    for entry in downloads_:  # the same address, in two sources: the same file
+        assert hashes.setdefault(entry["address"], entry["sha256"]) == entry["sha256"]
+    assert len(set(hashes.values()) - {None}) == len(hashes) - len(unknown)
 
 
 def test_fever_of_kilt_gives_the_claims_of_the_small_tier(tmp_path):
