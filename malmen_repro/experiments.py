@@ -6,11 +6,11 @@
 __all__ = ['LAMBDAS', 'METHODS', 'MAIN_METHODS', 'TABLE_METHODS', 'HOOK_METHODS', 'CASE_METHODS', 'NOT_TINY',
            'SMALL_MEMIT_METHODS', 'MEMIT_METHODS', 'FEW_MEMIT_METHODS', 'FEW_HOOK_METHODS', 'FEW_CASE_METHODS',
            'FEW_TABLE_METHODS', 'SMALL_METHODS', 'CONSECUTIVE_METHODS', 'ALL_METHODS', 'SMALL_KNOWN', 'SMALL_QUESTIONS',
-           'SMALL_STACKS', 'BASE_QUESTIONS', 'SMALL_CLAIMS', 'SMALL_ABLATION', 'EXPERIMENTS', 'SETTINGS', 'SCHEMA',
-           'SettingsOf', 'OBSERVED', 'ExperimentError', 'UnknownExperimentError', 'CellError', 'LeftOutWarning',
-           'Method', 'Cell', 'slug', 'Plan', 'Experiment', 'find_experiment', 'cells_of', 'trained_for', 'at',
-           'training_settings', 'EvaluationConfig', 'altered', 'configuration', 'condensed', 'edited_model',
-           'trained_editor', 'without_training', 'editor_of', 'evaluation_blocks', 'pooled', 'run_cell',
+           'SMALL_DECODER', 'SMALL_STACKS', 'BASE_QUESTIONS', 'SMALL_CLAIMS', 'SMALL_ABLATION', 'EXPERIMENTS',
+           'SETTINGS', 'SCHEMA', 'SettingsOf', 'OBSERVED', 'ExperimentError', 'UnknownExperimentError', 'CellError',
+           'LeftOutWarning', 'Method', 'Cell', 'slug', 'Plan', 'Experiment', 'find_experiment', 'cells_of',
+           'trained_for', 'at', 'training_settings', 'EvaluationConfig', 'altered', 'configuration', 'condensed',
+           'edited_model', 'trained_editor', 'without_training', 'editor_of', 'evaluation_blocks', 'pooled', 'run_cell',
            'edited_in_batches', 'scores_of', 'learned', 'run_cells', 'left_out', 'changed', 'check_same_bench']
 
 # %% ../nbs/15_experiments.ipynb #0d6b1775
@@ -246,6 +246,7 @@ SMALL_KNOWN = {"entity_questions": (5, 25)}
 SMALL_QUESTIONS = Plan(
     {"zsre": (16, 64, 256, 1037), "entity_questions": (16, 64, 256, 1024, 4096)}, seeds=1, trained_at=(512,)
 )
+SMALL_DECODER = replace(SMALL_QUESTIONS, methods=(*MAIN_METHODS, "MEMIT"))
 SMALL_STACKS = replace(SMALL_QUESTIONS, trained_at=(64,))  # blocks that grow break its training, notebook 22
 BASE_QUESTIONS = replace(SMALL_QUESTIONS, methods=SMALL_METHODS, trained_at=(64, 512))
 SMALL_CLAIMS = Plan(dict.fromkeys(("pararel", "fever"), (16, 64, 256, 1024)), seeds=1, trained_at=(256,))
@@ -256,13 +257,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         "classifier", "Fig. 4", "classifier", {"fever": tuple(2**k for k in range(4, 13))}, SMALL_CLAIMS
     ),
     "scaling_decoder": _scaling(
-        "decoder", "Fig. 5", "decoder", {"zsre": tuple(2**k for k in range(6, 13))}, SMALL_QUESTIONS
+        "decoder", "Fig. 5", "decoder", {"zsre": tuple(2**k for k in range(6, 13))}, SMALL_DECODER
     ),
     "scaling_encoder_decoder": _scaling(
         "encoder-decoder", "Fig. 6", "encoder-decoder", {"zsre": tuple(2**k for k in range(8, 15))}, SMALL_STACKS
     ),
     "scaling_gptj": _scaling(
-        "GPT-J", "Fig. 7", "gptj", {"zsre": tuple(2**k for k in range(5, 15))}, SMALL_QUESTIONS
+        "GPT-J", "Fig. 7", "gptj", {"zsre": tuple(2**k for k in range(5, 15))}, SMALL_DECODER
     ),
     "scaling_base": Experiment(
         "Scaling with the number of facts, a decoder as deep and wide as GPT-2", "notebook 21", "base",
