@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from .bench_settings import BENCH_SETTINGS, MIXED
@@ -51,6 +50,7 @@ from malmen_repro.records import (
     model_size,
     peak_memory,
     plain,
+    reset_peaks,
     sha256,
     versions,
     write_record,
@@ -630,8 +630,7 @@ def without_training(
 def _train(cell, editor, train_facts, config, checkpoint, progress) -> dict[str, Any]:
     "Train, or choose one learning rate; what a record tells of it."
     device = editor.lm.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peaks(device)
     start, history = time.perf_counter(), []
     if not METHODS[cell.method].trained:
         without_training(editor, train_facts, config, progress)
@@ -711,8 +710,7 @@ def _measure(cell, bench, settings, editor, story, progress) -> dict[str, Any]:
     "The part of a record that a cell's own work gives."
     batch = EXPERIMENTS[cell.experiment].batch if cell.experiment in EXPERIMENTS else 0
     scoring, device = EvaluationConfig(**settings["evaluation"]), bench.lm.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peaks(device)
     blocks = evaluation_blocks(bench.eval_facts[cell.data_set], cell.num_facts, cell.seed, scoring.scored_facts)
     wanted = EXPERIMENTS[cell.experiment].extras if cell.experiment in EXPERIMENTS else ()
     parts, seconds = [], {"training": story["seconds"], "editing": 0.0, "evaluation": 0.0}

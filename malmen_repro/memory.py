@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PROCEDURES', 'GIB', 'MEMORY_SETTINGS', 'TIMES', 'MemoryLimitError', 'UnknownMemoryTierError', 'TensorMemory',
            'concatenated_meta_gradient', 'MemorySetting', 'memory_configuration', 'random_editor', 'random_block',
-           'cached_bytes', 'inferred_bytes', 'out_of_memory', 'resident_bytes', 'reset_peaks', 'measure',
-           'measure_apart', 'memory_path', 'run_memory', 'memory_curves', 'first_not_fitting', 'line', 'draw_memory',
-           'memory_table', 'memory_finding']
+           'cached_bytes', 'inferred_bytes', 'out_of_memory', 'measure', 'measure_apart', 'memory_path', 'run_memory',
+           'memory_curves', 'first_not_fitting', 'line', 'draw_memory', 'memory_table', 'memory_finding']
 
 # %% ../nbs/25_memory.ipynb #43fdf143
 import json
@@ -40,6 +39,8 @@ from malmen_repro.records import (
     git_state,
     hardware,
     model_size,
+    reset_peaks,
+    resident_bytes,
     sha256,
     versions,
     weights_hash,
@@ -258,27 +259,6 @@ def out_of_memory(
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "allocate" in str(error)
-
-
-def resident_bytes() -> dict[str, int]:
-    "What the process holds of the machine's memory: now, and at most since the last reset. Empty outside Linux."
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return {name: int(lines[key].split()[0]) * 1024 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
-    except (OSError, KeyError, ValueError):
-        return {}
-
-
-def reset_peaks(
-    device: torch.device,  # where the language model is
-) -> None:
-    "Begin anew with the process's and the accelerator's peak."
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux, or not allowed: the peak then includes the making of the model
-        pass
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 # %% ../nbs/25_memory.ipynb #5c2a30f1
 def measure(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SOURCE_TREE', 'RecordError', 'RecordConflictError', 'RecordWarning', 'sha256', 'versions', 'git_state', 'hardware',
-           'processor', 'peak_memory', 'plain', 'write_record', 'read_record', 'existing_record', 'differences',
-           'weights_hash', 'facts_hash', 'fingerprints', 'model_size', 'committed_records', 'read_records']
+           'processor', 'resident_bytes', 'reset_peaks', 'peak_memory', 'plain', 'write_record', 'read_record',
+           'existing_record', 'differences', 'weights_hash', 'facts_hash', 'fingerprints', 'model_size',
+           'committed_records', 'read_records']
 
 # %% ../nbs/14_records.ipynb #7132a354
 import hashlib
@@ -104,18 +105,38 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def resident_bytes() -> dict[str, int]:
+    "What the process holds of the machine's memory: now, and at most since the last reset. Empty outside Linux."
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return {name: int(lines[key].split()[0]) * 1024 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
+    except (OSError, KeyError, ValueError):
+        return {}
+
+
+def reset_peaks(
+    device: torch.device,  # where the language model is
+) -> None:
+    "Begin anew with the process's and the accelerator's peak."
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or not allowed: the peak then includes the making of the model
+        pass
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(
     device: torch.device,  # where the language model is
 ) -> dict[str, int]:  # bytes
-    "The most memory the process has held so far, and the most that tensors held on the accelerator."
+    "The most memory the process has held since `reset_peaks`, and the most that tensors held on the accelerator."
     found = {}
-    try:
+    if held := resident_bytes():
+        found["process"] = held["peak"]
+    elif sys.platform == "darwin":  # since the process began: there is no reset
         import resource
-    except ImportError:  # Windows
-        pass
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        found["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+        found["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device.type == "cuda":
         found["accelerator"] = torch.cuda.max_memory_allocated(device)
     return found

@@ -33,6 +33,8 @@ from malmen_repro.records import (
     processor,
     read_record,
     read_records,
+    reset_peaks,
+    resident_bytes,
     sha256,
     versions,
     weights_hash,
@@ -179,6 +181,15 @@ def test_a_processor_without_a_name(monkeypatch, text):
 def test_a_processor_with_a_name(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self: "flags : x\nmodel name\t: Toy CPU: 2 GHz\nmodel name : other\n")
     assert processor() == "Toy CPU: 2 GHz"
+
+
+@pytest.mark.skipif(not resident_bytes(), reason="the system does not tell what the process holds")
+def test_a_peak_is_of_the_work_since_the_reset():
+    held = torch.ones(2**26)  # 256 MiB
+    before = peak_memory(CPU)["process"]
+    del held
+    reset_peaks(CPU)
+    assert peak_memory(CPU)["process"] < before - 2**27
 
 
 def test_peak_memory_is_in_bytes():
