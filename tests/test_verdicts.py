@@ -27,6 +27,7 @@ from malmen_repro.verdicts import (
     falls,
     fixed_alpha,
     generalisation_gap,
+    higher_drawdown,
     hook_cost,
     lambda_trades,
     leads,
@@ -35,6 +36,7 @@ from malmen_repro.verdicts import (
     lost_in_part,
     margin,
     memory_slopes,
+    mend_trails,
     more_success_more_drawdown,
     near_the_average,
     one_size,
@@ -169,6 +171,23 @@ def test_locality_gap_is_the_largest_of_all_m_and_sets():
 
 
 @pytest.mark.parametrize(
+    ("success_", "ls", "expected"),
+    [
+        (0.5, 0.9, "reproduced"),
+        (0.7, 0.85, "reproduced"),  # at both tolerances
+        (0.7 + PART, 0.9, "below"),
+        (0.5, 0.85 - PART, "below"),
+    ],
+)
+def test_mend_trails(success_, ls, expected):
+    made = [record("MALMEN", m, mean=0.9) for m in (16, 64)]
+    made += [record("MEND", m, ES=success_, GS=success_, LS=ls) for m in (16, 64)]
+    found = mend_trails(made)
+    assert found == Finding(f"toys: success {success_ - 0.9:+.2f}, LS {ls - 0.9:+.2f}", expected)
+    assert mend_trails(made[:2]) is None
+
+
+@pytest.mark.parametrize(
     ("ft", "mend", "malmen", "expected"),
     [
         (0.5, 0.25, 0.25, "reproduced"),
@@ -244,8 +263,13 @@ def test_breaks_down(whole, expected):
     name = "MALMEN, no regularisation"
     made = [record(name, seed=seed) if seed < whole else broken(name, seed=seed) for seed in (0, 1)]
     found = breaks_down([record(), *made])
-    assert found.verdict == expected and found.ours.startswith(f"{2 - whole} of 2 runs end in a singular matrix")
+    assert found.verdict == expected and found.ours.startswith(f"{2 - whole} of 2 seeds end in a singular matrix")
     assert ("40 tokens, key size 96" in found.ours and "condition infinite" in found.ours) == (whole < 2)
+
+
+def test_a_training_that_serves_two_sets_breaks_down_once():
+    both = [broken(data_set=name) for name in ("zsre", "entity_questions")]
+    assert breaks_down(both).ours.startswith("1 of 1 seeds")
 
 
 def test_breaks_down_without_records_of_it():
@@ -254,7 +278,7 @@ def test_breaks_down_without_records_of_it():
 
 def test_breaks_down_in_another_way():
     found = breaks_down([broken(error="NonFiniteShiftError")])
-    assert found.verdict == "below" and found.ours == "0 of 1 runs end in a singular matrix"
+    assert found.verdict == "below" and found.ours == "0 of 1 seeds end in a singular matrix"
 
 
 @pytest.mark.parametrize(
@@ -338,7 +362,8 @@ def fig8(summed, normal):
 )
 def test_residuals_grow(summed, normal, expected):
     found = residuals_grow(fig8(summed, normal))
-    wanted = f"sum {summed[16]:.3g} to {summed[64]:.3g}; normal equation {normal[16]:.3g} to {normal[64]:.3g}"
+    ways = ("sum", summed), ("normal equation", normal)
+    wanted = "; ".join(f"toys, {way}: {values[16]:.3g} to {values[64]:.3g}" for way, values in ways)
     assert found == Finding(wanted, expected)
 
 
@@ -348,7 +373,18 @@ def test_residuals_grow(summed, normal, expected):
 )
 def test_residual_ratio(ratio, expected):
     found = residual_ratio(fig8({16: 1.0, 64: ratio / 8192}, {16: 1.0, 64: 1 / 8192}))
-    assert found == Finding(f"{ratio:.3g} at m = 64", expected)
+    assert found == Finding(f"{ratio:.3g} at toys, m = 64", expected)
+
+
+def test_residuals_of_one_set_are_not_compared_with_anothers():
+    one = fig8({16: 1.0, 64: 2.0}, {16: 0.5, 64: 1.0})
+    other = fig8({16: 50.0, 32: 60.0}, {16: 5.0, 32: 6.0})
+    for made in other:
+        made["configuration"]["cell"]["data_set"] = "another"
+    found = residuals_grow(one + other)
+    assert found.verdict == "reproduced"
+    assert "another, sum: 50 to 60" in found.ours and "toys, sum: 1 to 2" in found.ours
+    assert residual_ratio(one + other).ours == "2 at toys, m = 64"
 
 
 def test_residual_ratio_of_a_perfect_fit():
@@ -384,6 +420,18 @@ def test_more_success_more_drawdown(ours, theirs, expected):
     found = more_success_more_drawdown(made)
     assert found.verdict == expected
     assert found.ours.startswith("m = 5: success 1.00 / 0.50, drawdown 0.125 / 0.125; m = 25: success")
+
+
+@pytest.mark.parametrize(("ours", "expected"), [(0.25, "reproduced"), (0.125, "below"), (0.1, "below")])
+def test_higher_drawdown(ours, expected):
+    made = [
+        sequence_record(method, m, success=(0.5,), drawdown=(value if m == 5 else 0.5 * (method == "MEND"),))
+        for m in (25, 5)
+        for method, value in (("MEND", ours), ("MEND, locality 10", 0.125))
+    ]
+    assert higher_drawdown(made).verdict == expected
+    assert higher_drawdown(made).ours.startswith(f"m = 5: {ours:.3f} against 0.125; m = 25: 0.500 against 0.000")
+    assert higher_drawdown(made[:1]) is None
 
 
 # --- Tables 4 and 5
