@@ -7,8 +7,8 @@ __all__ = ['PAPER_MEASURES', 'MEASURES_OF_CASES', 'PALETTE', 'MARKERS', 'BROKEN'
            'in_order', 'scaling_points', 'spread', 'shown', 'markdown_table', 'spread_note', 'scaling_table',
            'compare_tables', 'figure_title', 'save_figure', 'panels', 'draw_scaling', 'logarithmic_axis',
            'per_cent_axis', 'variants_table', 'mean_of', 'residual_points', 'residual_table', 'draw_residuals',
-           'sequence_points', 'sequence_table', 'failure_table', 'case_points', 'case_table', 'case_note', 'draw_cases',
-           'draw_mixtures', 'table_of', 'draw', 'committed_figure', 'mean_at']
+           'time_table', 'sequence_points', 'sequence_table', 'failure_table', 'case_points', 'case_table', 'case_note',
+           'draw_cases', 'draw_mixtures', 'table_of', 'draw', 'committed_figure', 'mean_at']
 
 # %% ../nbs/16_figures.ipynb #4dcb2d0d
 import math
@@ -387,6 +387,20 @@ def draw_residuals(
     return figure
 
 # %% ../nbs/16_figures.ipynb #d93687ad
+def time_table(
+    records: Sequence[dict[str, Any]],  # of one experiment and tier
+) -> str:  # markdown
+    "Seconds of training and of editing a block, and edits a second with and without the training."
+    rows = []
+    for p in scaling_points(records):
+        training = mean_of(records, p, lambda r: r["seconds"]["training"])
+        editing = mean_of(records, p, lambda r: r["seconds"]["editing"] / len(r["blocks"]))
+        m = p["num_facts"]
+        rates = [f"{m / editing:,.0f}", f"{m / (training + editing):.2f}"]
+        rows.append([p["data_set"], m, p["method"], f"{training:.0f}", f"{editing:.2f}", *rates])
+    return markdown_table(["set", "m", "method", "training, s", "editing, s", "edits a second", "with training"], rows)
+
+
 def sequence_points(
     records: Sequence[dict[str, Any]],  # of the experiment "mend_setting"
 ) -> list[dict[str, Any]]:  # method, num_facts, seeds, success and drawdown: mean and deviation over seeds

@@ -618,7 +618,8 @@ def test_reproduce_all_by_default_and_in_the_default_folder(toy_tier, capsys, mo
     timed = json.loads(Path("runs/tiny/reproduce.json").read_text())
     cells = len(list(Path("runs/tiny").glob("*/*.json")))
     assert timed["cells"] == cells and timed["seconds"] > 0 and timed["tier"] == "tiny" and timed["num_facts"] == [2]
-    assert "everything at the tiny tier" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "everything at the tiny tier" in text and "Verdicts of these records" in text and "| Fig. 4" in text
     for name, experiment in experiments.EXPERIMENTS.items():
         assert ("tiny" not in experiment.plans) or list(Path("runs/tiny", name).glob("*.json"))
     assert len(list(Path("runs/figures").glob("procedures-fig[123].svg"))) == 3
@@ -699,6 +700,20 @@ def test_reproduce_shows_what_is_done_when_a_cell_breaks_down(toy_tier, capsys, 
     assert Path("runs/figures/tiny-scaling_decoder.png").exists()
 
 
+def test_the_time_comparison_runs_what_it_needs(toy_tier, capsys):
+    assert call("reproduce time --seeds 1 --ms 2 --quiet") == 0
+    text = capsys.readouterr().out
+    assert "time: seconds of the GPT-J stand-in" in text and "| world | 2 | MEMIT" in text
+    assert "m = 2: MALMEN" in text and "scaled down" in text  # the verdict, of these records
+    assert len(list(Path("runs/tiny/scaling_gptj").glob("*.json"))) == 5
+
+
+def test_hyper_parameters_are_an_item(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("reproduce hyper-parameters --tier paper --quiet") == 0
+    assert "| `rank`                   | 1,920 | 1,920" in capsys.readouterr().out
+
+
 def test_list_counts_records(toy_tier, capsys):
     assert call("list") == 0
     text = capsys.readouterr().out
@@ -728,6 +743,9 @@ def test_list_counts_records(toy_tier, capsys):
         ("coachhook-table2", ["hundred_batches"]),
         ("memory", ["memory"]),
         ("cancellation", ["cancellation"]),
+        ("scaling-decoder", ["scaling_decoder"]),
+        ("time", ["scaling_gptj", "time"]),
+        ("hyper-parameters", ["hyper_parameters"]),
     ],
 )
 def test_items_are_called_by_figure_or_table_too(asked, expected):
