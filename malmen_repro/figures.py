@@ -7,8 +7,8 @@ __all__ = ['PAPER_MEASURES', 'MEASURES_OF_CASES', 'PALETTE', 'MARKERS', 'BROKEN'
            'in_order', 'scaling_points', 'spread', 'shown', 'markdown_table', 'spread_note', 'scaling_table',
            'compare_tables', 'figure_title', 'save_figure', 'panels', 'draw_scaling', 'logarithmic_axis',
            'per_cent_axis', 'variants_table', 'mean_of', 'residual_points', 'residual_table', 'draw_residuals',
-           'time_table', 'sequence_points', 'sequence_table', 'failure_table', 'case_points', 'case_table', 'case_note',
-           'draw_cases', 'draw_mixtures', 'table_of', 'draw', 'committed_figure', 'mean_at']
+           'time_table', 'sequence_points', 'sequence_table', 'draw_sequences', 'failure_table', 'case_points',
+           'case_table', 'case_note', 'draw_cases', 'draw_mixtures', 'table_of', 'draw', 'committed_figure', 'mean_at']
 
 # %% ../nbs/16_figures.ipynb #4dcb2d0d
 import math
@@ -435,6 +435,34 @@ def sequence_table(
         rows.append([p["num_facts"], p["method"], *cells, p["seeds"]])
     return markdown_table(["m", "method", "edit success", "accuracy drawdown", "seeds"], rows)
 
+
+def draw_sequences(
+    records: Sequence[dict[str, Any]],
+    path: str | Path | None = None,  # without suffix
+):  # a matplotlib figure
+    "Table 3 as curves: MEND with either weight on locality."
+    from matplotlib.ticker import PercentFormatter
+
+    points = sequence_points(records)
+    note = "mean and standard deviation over seeds" if points and points[0]["seeds"] > 1 else "1 seed"
+    with panels(1, 2, records, path, note) as (_, grid):
+        for ax, (name, title) in zip(
+            grid[0], {"edit success": "edit success", "drawdown": "accuracy drawdown"}.items(), strict=True
+        ):
+            for method in dict.fromkeys(point["method"] for point in points):
+                mine = [point for point in points if point["method"] == method]
+                means, deviations = zip(*(point[name] for point in mine), strict=True)
+                look = {"color": PALETTE["MEND"], "marker": MARKERS["MEND"]} if method == "MEND" else {"color": "0.4"}
+                bars = [0 if deviation != deviation else deviation for deviation in deviations]
+                ms = [point["num_facts"] for point in mine]
+                ax.errorbar(ms, means, bars, capsize=3, label=method, **({"marker": "o"} | look))
+            logarithmic_axis(ax, sorted({point["num_facts"] for point in points}))
+            ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+            ax.set(title=title, ylabel="per cent of sequences")
+            ax.set_ylim(bottom=0)
+        grid[0][0].legend(fontsize=8)
+    return grid[0][0].figure
+
 # %% ../nbs/16_figures.ipynb #f12fa98b
 def failure_table(
     records: Sequence[dict[str, Any]],  # of the experiment "failures"
@@ -578,7 +606,7 @@ SHOWN_AS: dict[str, tuple[Callable[..., str], Callable[..., Any] | None]] = {  #
     "curve": (scaling_table, draw_scaling),
     "variants": (variants_table, None),
     "residuals": (residual_table, draw_residuals),
-    "sequences": (sequence_table, None),
+    "sequences": (sequence_table, draw_sequences),
     "failures": (failure_table, None),
     "cases": (case_table, draw_cases),
     "mixtures": (case_table, draw_mixtures),
