@@ -221,7 +221,7 @@ def _ablations(title: str, figure: str, family: str, small: Plan | None = None, 
     methods = ("MALMEN", "MEND", "MALMEN, no regularisation", "MALMEN, first layer", "MALMEN, all tokens")
     if family == "encoder-decoder":
         methods = methods[:-1]  # the encoder's tokens are all cached as it is, the decoder's all output the answer
-    many = (256,) if family == "decoder" else (64,)
+    many = {"decoder": (256,), "gptj": (64, 1024)}.get(family, (64,))  # Table 2 is about large m
     plans = {"tiny": Plan({data_set: (16,)}, 1, methods, full_num_facts={data_set: many})}
     if small is not None:
         plans["small"] = replace(small, methods=methods)

@@ -173,13 +173,15 @@ def loses(
     least: float,  # how much success it has to lose, at least
     most: float = math.inf,  # and at most
     sign: int = 1,  # -1: it has to win
+    largest: bool = False,  # at the largest m of each set alone
 ) -> Callable[[Sequence[Record]], Finding | None]:
     "How much success a variant loses against MALMEN, mean over sets and m."
 
     def test(records: Sequence[Record]) -> Finding | None:
         losses, texts = [], []
         for data_set, methods in curves(records).items():
-            for m, value in methods.get(variant, {}).items():
+            found = methods.get(variant, {})
+            for m, value in ((m, value) for m, value in found.items() if m == max(found) or not largest):
                 if m not in methods.get("MALMEN", {}):
                     return None
                 losses.append(sign * (methods["MALMEN"][m] - value))
@@ -597,7 +599,8 @@ STATEMENTS: list[Statement] = [
     Statement("Table 1", "GPT-2: caching all tokens is about as good (ES 99.7 to 99.2, GS 96.1 to 94.0)", "5.2",
               "success within .05 of MALMEN's", "ablations_decoder", loses("MALMEN, all tokens", -0.05, 0.05)),
     Statement("Table 2", "GPT-J: caching all tokens loses at large m (ES 99.7 to 94.0, GS 92.8 to 85.5)", "5.2",
-              "success at least .02 below MALMEN's", "ablations_gptj", loses("MALMEN, all tokens", 0.02)),
+              "success at least .02 below MALMEN's at the largest m", "ablations_gptj",
+              loses("MALMEN, all tokens", 0.02, largest=True)),
     Statement("Table 2", "caching answer tokens alone saves 38.9 % of the time", "5.2", "within 15 points",
               "ablations_gptj", time_saved),
     Statement("Table 3", "MEND with locality coefficient 1 (ours) has more success than with 10 (the original)", "A.7",

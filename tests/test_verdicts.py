@@ -253,6 +253,13 @@ def test_loses_is_a_mean_over_sets_and_m():
     assert loses("MEND", 0.1)(made).ours.count(";") == 2
 
 
+def test_loses_at_the_largest_m_alone():
+    made = curve("MALMEN", {16: 0.5, 64: 0.9}) + curve("MALMEN, all tokens", {16: 0.9, 64: 0.8})
+    assert loses("MALMEN, all tokens", 0.02)(made).verdict == "below"
+    found = loses("MALMEN, all tokens", 0.02, largest=True)(made)
+    assert found == Finding("toys, m = 64: 0.80 against 0.90", "reproduced")
+
+
 def test_loses_has_nothing_to_say_of_a_variant_that_was_not_run_or_broke_down():
     assert loses("MEND", 0.1)([record()]) is None
     assert loses("MALMEN, no regularisation", 0.1)([record(), broken()]) is None
@@ -511,14 +518,14 @@ def ablation(name, m, es, ls=0.9, **changes):
 def test_leads_compares_at_the_largest_m_or_where_it_is_told():
     made = [record("MEMIT", m, mean=es) for m, es in ((16, 0.9), (64, 0.5))]
     made += [record("ROME", m, mean=es) for m, es in ((16, 0.5), (64, 0.515))]
-    at_most = leads("MEMIT", ("ROME",), average)(made)
-    assert at_most.verdict == "reproduced" and at_most.ours == "m = 64: MEMIT 0.500, ROME 0.515"  # within .02
+    largest = leads("MEMIT", ("ROME",), average)(made)
+    assert largest.verdict == "reproduced" and largest.ours == "m = 64: MEMIT 0.500, ROME 0.515"  # within .02
     assert leads("MEMIT", ("ROME",), average, least=0.0)(made).verdict == "below"
     assert leads("MEMIT", ("ROME",), average, 16, 0.35)(made).verdict == "reproduced"
     assert leads("MEMIT", ("ROME", "FT"), average)(made) is None  # a rival without records
     assert leads("FT", ("ROME",), average)(made) is None
     made.append(record("MEMIT", 256, mean=0.1))  # where no rival is
-    assert leads("MEMIT", ("ROME",), average)(made) == at_most and leads("MEMIT", ("ROME",), average, 256)(made) is None
+    assert leads("MEMIT", ("ROME",), average)(made) == largest and leads("MEMIT", ("ROME",), average, 256)(made) is None
 
 
 def test_average_and_score_of_records():
