@@ -170,7 +170,7 @@ MEMORY_SETTINGS: dict[str, MemorySetting] = {
         prompt_tokens=5,
         answer_tokens=2,
         rank=256,
-        num_facts=tuple(2**k for k in range(5, 13)),
+        num_facts=tuple(2**k for k in range(5, 14)),
         limit_bytes=GIB,
     ),
     "shapes": MemorySetting(
