@@ -233,7 +233,11 @@ def draw_scaling(
             for ax, measure in zip(row, PAPER_MEASURES, strict=True):
                 _panel(ax, [point for point in points if point["data_set"] == data_set], measure)
             row[0].set_ylabel("per cent" if len(sets) == 1 else f"{data_set}, per cent")
-        handles, labels = grid[0][2].get_legend_handles_labels()
+        found = {}  # a set may lack a method that another has
+        for ax in grid[:, 2]:
+            found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        labels = sorted(found, key=lambda label: label == "before editing")  # it comes last
+        handles = [found[label] for label in labels]
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     return figure
 

@@ -459,6 +459,12 @@ def test_a_set_without_other_phrasings_has_an_empty_panel(tmp_path):
     assert draw_scaling(bare).legends[0].get_texts()
 
 
+def test_a_method_that_one_set_alone_has_is_in_the_legend():
+    made = [record("MALMEN", m) for m in (16, 64)] + [record(name, data_set="b") for name in ("MALMEN", "MEMIT")]
+    (legend,) = draw_scaling(made).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["MALMEN", "MEMIT", "before editing"]
+
+
 def test_a_figure_is_drawn_from_records_alone_and_is_deterministic(tmp_path):
     made = [record(method, m, seed, 0.1 * seed + m / 100) for method in TOY_METHODS for m in (2, 4) for seed in (0, 1)]
     draw_scaling(made, tmp_path / "a" / "one.v1")
