@@ -85,7 +85,7 @@ def _verdicts(args: argparse.Namespace) -> None:
     "What the records of a whole run say to the papers' statements."
     from malmen_repro.verdicts import STATEMENTS, verdict_grid
 
-    items = list(dict.fromkeys(statement.item for statement in STATEMENTS))
+    items = [statement.item for statement in STATEMENTS]
     print(f"\nVerdicts of these records, {args.tier} tier\n\n{verdict_grid(items, (args.tier,), args.out)}\n")
 
 
@@ -115,7 +115,7 @@ def experiments_called(
     behind = [key for key, figure in figures.items() if plain(name) in map(plain, (key, *_figures(figure)))]
     if not behind:
         find_experiment(name)
-    return [needed for key in behind for needed in (*filter(None, [BEFORE.get(key)]), key)]
+    return [needed for key in behind for needed in (*BEFORE.get(key, ()), key)]
 
 
 def _figures(text: str) -> list[str]:
@@ -180,7 +180,7 @@ OTHERS = {  # items that are no table of cells: figure in the paper, tiers, how 
     "time": ("section 5.1", ("tiny", "small", "paper"), _time),
     "hyper_parameters": ("Appendix A.6", ("tiny", "small", "paper"), _hyper_parameters),
 }
-BEFORE = {"time": "scaling_gptj"}  # an item -> the experiment whose records it is made from
+BEFORE = {"time": ("scaling_gptj",)}  # an item -> the experiments whose records it is made from
 
 # %% ../nbs/17_command_line.ipynb #c9ee45c2
 def show(

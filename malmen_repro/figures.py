@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['PAPER_MEASURES', 'MEASURES_OF_CASES', 'PALETTE', 'MARKERS', 'BROKEN', 'LOOKS', 'ROW_NAMES', 'OWN_WAY', 'SHOWN_AS',
            'in_order', 'scaling_points', 'spread', 'shown', 'markdown_table', 'spread_note', 'scaling_table',
-           'compare_tables', 'figure_title', 'save_figure', 'panels', 'draw_scaling', 'logarithmic_axis',
-           'per_cent_axis', 'variants_table', 'mean_of', 'residual_points', 'residual_table', 'draw_residuals',
-           'time_table', 'sequence_points', 'sequence_table', 'draw_sequences', 'failure_table', 'case_points',
-           'case_table', 'case_note', 'draw_cases', 'draw_mixtures', 'table_of', 'draw', 'committed_figure', 'mean_at']
+           'compare_tables', 'figure_title', 'save_figure', 'panels', 'draw_scaling', 'legend_below',
+           'logarithmic_axis', 'per_cent_axis', 'variants_table', 'mean_of', 'residual_points', 'residual_table',
+           'draw_residuals', 'time_table', 'sequence_points', 'sequence_table', 'draw_sequences', 'failure_table',
+           'case_points', 'case_table', 'case_note', 'draw_cases', 'draw_mixtures', 'table_of', 'draw',
+           'committed_figure', 'mean_at']
 
 # %% ../nbs/16_figures.ipynb #4dcb2d0d
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -233,15 +234,20 @@ def draw_scaling(
             for ax, measure in zip(row, PAPER_MEASURES, strict=True):
                 _panel(ax, [point for point in points if point["data_set"] == data_set], measure)
             row[0].set_ylabel("per cent" if len(sets) == 1 else f"{data_set}, per cent")
-        found = {}  # a set may lack a method that another has
-        for ax in grid[:, 2]:
-            found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-        labels = sorted(found, key=lambda label: label == "before editing")  # it comes last
-        handles = [found[label] for label in labels]
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+        legend_below(figure, grid[:, 2])
     return figure
 
 # %% ../nbs/16_figures.ipynb #1c02a2a8
+def legend_below(figure, axes: Iterable[Any]) -> None:
+    "One legend for panels with the same curves; a set may lack a method that another has."
+    found = {}
+    for ax in axes:
+        found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    labels = sorted(found, key=lambda label: label == "before editing")  # it comes last
+    handles = [found[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+
+
 def logarithmic_axis(ax, ms: Sequence[int]) -> None:
     "An axis of m with a tick for each."
     ax.set_xscale("log", base=2)
@@ -449,23 +455,22 @@ def draw_sequences(
 
     points = sequence_points(records)
     note = "mean and standard deviation over seeds" if points and points[0]["seeds"] > 1 else "1 seed"
-    with panels(1, 2, records, path, note) as (_, grid):
-        for ax, (name, title) in zip(
-            grid[0], {"edit success": "edit success", "drawdown": "accuracy drawdown"}.items(), strict=True
-        ):
+    with panels(1, 2, records, path, note) as (figure, grid):
+        titles = ("edit success", "edit success"), ("drawdown", "accuracy drawdown")
+        for ax, (name, title) in zip(grid[0], titles, strict=True):
             for method in dict.fromkeys(point["method"] for point in points):
                 mine = [point for point in points if point["method"] == method]
                 means, deviations = zip(*(point[name] for point in mine), strict=True)
-                look = {"color": PALETTE["MEND"], "marker": MARKERS["MEND"]} if method == "MEND" else {"color": "0.4"}
+                look = {"color": PALETTE.get(method, "0.4"), "marker": MARKERS.get(method, "o")}
                 bars = [0 if deviation != deviation else deviation for deviation in deviations]
                 ms = [point["num_facts"] for point in mine]
-                ax.errorbar(ms, means, bars, capsize=3, label=method, **({"marker": "o"} | look))
+                ax.errorbar(ms, means, bars, capsize=3, label=method, **look)
             logarithmic_axis(ax, sorted({point["num_facts"] for point in points}))
             ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
             ax.set(title=title, ylabel="per cent of sequences")
             ax.set_ylim(bottom=0)
         grid[0][0].legend(fontsize=8)
-    return grid[0][0].figure
+    return figure
 
 # %% ../nbs/16_figures.ipynb #f12fa98b
 def failure_table(
@@ -562,8 +567,7 @@ def draw_cases(
                     ax.yaxis.set_major_formatter(ScalarFormatter())
                     ax.set_ylabel("bits")
             row[0].set_ylabel("per cent" if len(sets) == 1 else f"{data_set}, per cent")
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+        legend_below(figure, grid[:, 0])
     return figure
 
 # %% ../nbs/16_figures.ipynb #7d1e90ac

@@ -133,10 +133,14 @@ def peak_memory(
     found = {}
     if held := resident_bytes():
         found["process"] = held["peak"]
-    elif sys.platform == "darwin":  # since the process began: there is no reset
-        import resource
-
-        found["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    else:  # since the process began: outside Linux there is no reset
+        try:
+            import resource
+        except ImportError:  # Windows
+            pass
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            found["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":
         found["accelerator"] = torch.cuda.max_memory_allocated(device)
     return found

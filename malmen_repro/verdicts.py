@@ -181,9 +181,10 @@ def loses(
         losses, texts = [], []
         for data_set, methods in curves(records).items():
             found = methods.get(variant, {})
-            for m, value in ((m, value) for m, value in found.items() if m == max(found) or not largest):
+            for m in sorted(found)[-1:] if largest else found:
                 if m not in methods.get("MALMEN", {}):
                     return None
+                value = found[m]
                 losses.append(sign * (methods["MALMEN"][m] - value))
                 texts.append(f"{data_set}, m = {m}: {value:.2f} against {methods['MALMEN'][m]:.2f}")
         if not losses or any(loss != loss for loss in losses):
@@ -277,29 +278,29 @@ def residual_ratio(records: Sequence[Record]) -> Finding:
     return Finding(f"{ratio:.3g} at {data_set}, m = {m}", verdict)
 
 
+def _both_weights(records: Sequence[Record]) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
+    "Every m at which MEND was run with either weight on locality, with both points: ours, and the original's."
+    points = {(p["method"], p["num_facts"]): p for p in sequence_points(records)}
+    both = [(m, points.get(("MEND", m)), points.get(("MEND, locality 10", m))) for m in sorted({m for _, m in points})]
+    return [place for place in both if None not in place]
+
+
 def more_success_more_drawdown(records: Sequence[Record]) -> Finding | None:
     "MEND with locality coefficient 1 against 10."
-    points = {(p["method"], p["num_facts"]): p for p in sequence_points(records)}
-    ms = sorted({m for _, m in points if {("MEND", m), ("MEND, locality 10", m)} <= points.keys()})
-    if not ms:
-        return None
     texts, holds = [], []
-    for m in ms:
-        ours, theirs = (points[name, m] for name in ("MEND", "MEND, locality 10"))
+    for m, ours, theirs in _both_weights(records):
         texts.append(f"m = {m}: success {ours['edit success'][0]:.2f} / {theirs['edit success'][0]:.2f}, "
                      f"drawdown {ours['drawdown'][0]:.3f} / {theirs['drawdown'][0]:.3f}")
         holds.append(ours["edit success"][0] >= theirs["edit success"][0] - 0.01 - ROUNDING)
-    return Finding("; ".join(texts), "reproduced" if all(holds) else "below")
+    return Finding("; ".join(texts), "reproduced" if all(holds) else "below") if texts else None
 
 
 def higher_drawdown(records: Sequence[Record]) -> Finding | None:
     "The same two weights' drawdown."
-    points = {(p["method"], p["num_facts"]): p["drawdown"][0] for p in sequence_points(records)}
-    ms = sorted({m for _, m in points if {("MEND", m), ("MEND, locality 10", m)} <= points.keys()})
-    both = [(points["MEND", m], points["MEND, locality 10", m]) for m in ms]
-    texts = [f"m = {m}: {ours:.3f} against {theirs:.3f}" for m, (ours, theirs) in zip(ms, both, strict=True)]
-    verdict = "reproduced" if all(ours > theirs for ours, theirs in both) else "below"
-    return Finding("; ".join(texts), verdict) if ms else None
+    both = [(m, ours["drawdown"][0], theirs["drawdown"][0]) for m, ours, theirs in _both_weights(records)]
+    texts = [f"m = {m}: {ours:.3f} against {theirs:.3f}" for m, ours, theirs in both]
+    verdict = "reproduced" if all(ours > theirs for _, ours, theirs in both) else "below"
+    return Finding("; ".join(texts), verdict) if both else None
 
 
 def failure_counts(records: Sequence[Record]) -> dict[str, Any]:

@@ -463,6 +463,8 @@ def test_a_method_that_one_set_alone_has_is_in_the_legend():
     made = [record("MALMEN", m) for m in (16, 64)] + [record(name, data_set="b") for name in ("MALMEN", "MEMIT")]
     (legend,) = draw_scaling(made).legends
     assert [text.get_text() for text in legend.get_texts()] == ["MALMEN", "MEMIT", "before editing"]
+    cases = [case_record("MALMEN"), *(case_record(name, data_set="b") for name in ("MALMEN", "MEMIT"))]
+    assert "MEMIT" in {text.get_text() for text in draw_cases(cases).legends[0].get_texts()}
 
 
 def test_a_figure_is_drawn_from_records_alone_and_is_deterministic(tmp_path):

@@ -518,14 +518,14 @@ def ablation(name, m, es, ls=0.9, **changes):
 def test_leads_compares_at_the_largest_m_or_where_it_is_told():
     made = [record("MEMIT", m, mean=es) for m, es in ((16, 0.9), (64, 0.5))]
     made += [record("ROME", m, mean=es) for m, es in ((16, 0.5), (64, 0.515))]
-    largest = leads("MEMIT", ("ROME",), average)(made)
-    assert largest.verdict == "reproduced" and largest.ours == "m = 64: MEMIT 0.500, ROME 0.515"  # within .02
+    at_most = leads("MEMIT", ("ROME",), average)(made)
+    assert at_most.verdict == "reproduced" and at_most.ours == "m = 64: MEMIT 0.500, ROME 0.515"  # within .02
     assert leads("MEMIT", ("ROME",), average, least=0.0)(made).verdict == "below"
     assert leads("MEMIT", ("ROME",), average, 16, 0.35)(made).verdict == "reproduced"
     assert leads("MEMIT", ("ROME", "FT"), average)(made) is None  # a rival without records
     assert leads("FT", ("ROME",), average)(made) is None
     made.append(record("MEMIT", 256, mean=0.1))  # where no rival is
-    assert leads("MEMIT", ("ROME",), average)(made) == largest and leads("MEMIT", ("ROME",), average, 256)(made) is None
+    assert leads("MEMIT", ("ROME",), average)(made) == at_most and leads("MEMIT", ("ROME",), average, 256)(made) is None
 
 
 def test_average_and_score_of_records():
