@@ -466,9 +466,11 @@ def draw_sequences(
                 ms = [point["num_facts"] for point in mine]
                 ax.errorbar(ms, means, bars, capsize=3, label=method, **look)
             logarithmic_axis(ax, sorted({point["num_facts"] for point in points}))
-            ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
             ax.set(title=title, ylabel="per cent of sequences")
-            ax.set_ylim(bottom=0)
+        per_cent_axis(grid[0][0])
+        ends = [mean + (0 if dev != dev else dev) for mean, dev in (point["drawdown"] for point in points)]
+        grid[0][1].set_ylim(0, max(0.02, 1.1 * max(ends)))
+        grid[0][1].yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
         grid[0][0].legend(fontsize=8)
     return figure
 
