@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import os
 import random
 import sys
 import zipfile
@@ -37,14 +38,20 @@ def write_rows(
     path.write_bytes(lzma.compress(text.encode("utf-8")))
 
 
+def rows_of(
+    text: str,  # JSON (a list) or JSON Lines
+) -> list[dict[str, Any]]:
+    "The rows of a table."
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
 def read_rows(
     path: Path,  # JSON (a list) or JSON Lines
 ) -> list[dict[str, Any]]:
     "The rows of a published file."
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return rows_of(path.read_text(encoding="utf-8-sig"))
 
 
 def _only(
@@ -212,13 +219,13 @@ def passages(
 def _members(
     archive: zipfile.ZipFile,
     folder: str,  # such as data/trex_lms_vocab
-) -> list[tuple[str, list[dict[str, Any]]]]:  # (the file's name without its ending, its rows)
-    "The files of JSON Lines in one folder of an archive, by name."
+    suffix: str = ".jsonl",  # or .json: a list
+) -> list[tuple[str, list[dict[str, Any]]]]:  # (the file's name up to its first dot, its rows)
+    "The tables in one folder of an archive, by name."
     found = []
     for name in sorted(archive.namelist()):
-        if Path(name).suffix == ".jsonl" and Path(name).parent.as_posix().endswith(folder):
-            text = archive.read(name).decode("utf-8")
-            found.append((Path(name).stem, [json.loads(line) for line in text.split("\n") if line.strip()]))
+        if Path(name).suffix == suffix and Path(name).parent.as_posix().endswith(folder):
+            found.append((Path(name).name.split(".")[0], rows_of(archive.read(name).decode("utf-8"))))
     if not found:
         raise ConversionError(f"the archive has no folder {folder}")
     return found
@@ -252,6 +259,28 @@ def pararel_facts(
     return len(rows)
 
 
+def entity_questions(
+    sources: Sources,  # EntityQuestions' repository, as a zip archive
+    out: Path,
+    split: str,  # train or dev
+) -> int:
+    "One row a question: its relation, and the subject, which is what the questions of a relation don't share."
+    with zipfile.ZipFile(_only(sources)) as archive:
+        relations = _members(archive, f"dataset/{split}", ".json")
+    found = []
+    for name, rows in relations:
+        questions = [row["question"] for row in rows]
+        start = len(os.path.commonprefix(questions))
+        end = len(os.path.commonprefix([question[start:][::-1] for question in questions]))
+        for row in rows:
+            subject = row["question"][start : len(row["question"]) - end]
+            if not subject.strip():
+                raise ConversionError(f"{name}: {row['question']!r} names no subject, beside the other questions")
+            found.append({"relation": name, "question": row["question"], "subject": subject, "answers": row["answers"]})
+    write_rows(found, out)
+    return len(found)
+
+
 CONVERTERS: dict[str, Callable[[Sources, Path], int]] = {
     "as_published": as_published,
     "verified_claims": verified_claims,
@@ -264,6 +293,8 @@ CONVERTERS: dict[str, Callable[[Sources, Path], int]] = {
     "passages": passages,
     "pararel_patterns": pararel_patterns,
     "pararel_facts": pararel_facts,
+    "entity_questions_to_train": lambda sources, out: entity_questions(sources, out, "train"),
+    "entity_questions_to_evaluate": lambda sources, out: entity_questions(sources, out, "dev"),
 }
 
 

@@ -134,7 +134,7 @@ CLAIM_FILES = (
 CASE_FILES = ("counterfact/train.jsonl.xz", "counterfact/full_form_804.jsonl.xz")
 CORPUS_FILES = ("corpus/trex_sentences.txt.xz", "corpus/bing_distant_sentences.txt.xz")
 SMALL_FILES = {"classifier": CLAIM_FILES, "subjects": CASE_FILES + CORPUS_FILES}  # the other families: questions
-BY_HAND = ("zsre", "entity_questions", "counterfact", "corpus")  # what no script brings in the small tier's form
+BY_HAND = ("zsre", "counterfact", "corpus")  # what no script brings in the small tier's form
 
 
 def how_to_get(

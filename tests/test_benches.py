@@ -191,7 +191,10 @@ def test_the_small_tier_needs_data_only(family, tmp_path):
 @pytest.mark.parametrize(
     ("family", "lost", "way"),
     [
-        ("decoder", "entity_questions/train.jsonl.xz", "entity_questions: by hand, see data_scripts/README.md"),
+        (
+            *("decoder", "entity_questions/train.jsonl.xz"),
+            "`python data_scripts/fetch.py entity_questions --to {}` brings entity_questions",
+        ),
         ("base", "zsre/mend_train_1000.jsonl.xz", "zsre: by hand, see data_scripts/README.md"),
         ("encoder-decoder", "zsre/mend_eval_1037.jsonl.xz", "zsre: by hand, see data_scripts/README.md"),
         ("gptj", "corpus/trex_sentences.txt.xz", "corpus: by hand, see data_scripts/README.md"),

@@ -435,6 +435,56 @@ def test_pararel(tmp_path):
         converters.pararel_facts({"archive": tmp_path / "b.zip"}, tmp_path / "out")
 
 
+def question_archive(path, relations, split="train"):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, rows in relations.items():
+            archive.writestr(f"EntityQuestions-c/dataset/{split}/{name}.{split}.json", json.dumps(rows, indent=4))
+        archive.writestr(f"EntityQuestions-c/dataset/{split}/{name}.{split}.jsonl", b"an older form")
+        archive.writestr(f"EntityQuestions-c/dataset/one-off/similar/P9/P9_similar.{split}.json", "[]")
+    return {"archive": path}
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_entity_questions(tmp_path, split):
+    subjects = ["Ada Ode", "Bo", "Élan?", "who", "born"]
+    forms = {"P40": "Who is [X]'s child?", "P19": "Where was [X] born?", "P1": "[X]"}
+    relations = {
+        name: [{"question": form.replace("[X]", subject), "answers": [subject[:1], "b"]} for subject in subjects]
+        for name, form in forms.items()
+    }
+    convert = converters.CONVERTERS[f"entity_questions_to_{'train' if split == 'train' else 'evaluate'}"]
+    out = tmp_path / "out.jsonl.xz"
+    assert convert(question_archive(tmp_path / "a.zip", relations, split), out) == 15
+    assert read(out) == [
+        {"relation": name, "question": row["question"], "subject": subject, "answers": row["answers"]}
+        for name in sorted(relations)
+        for subject, row in zip(subjects, relations[name], strict=True)
+    ]
+    assert len(load_facts(out)) == 15
+
+
+@pytest.mark.parametrize("rows", [["Who is X?"], ["Who is X?", "Who is X?"], ["Who is ?", "Who is X?"]])
+def test_a_question_of_entity_questions_without_a_subject(tmp_path, rows):
+    relations = {"P26": [{"question": question, "answers": ["a"]} for question in rows]}
+    with pytest.raises(converters.ConversionError, match=re.escape(f"P26: '{rows[0]}' names no subject")):
+        converters.entity_questions(question_archive(tmp_path / "a.zip", relations), tmp_path / "out", "train")
+    with pytest.raises(converters.ConversionError, match="no folder dataset/dev"):
+        converters.entity_questions(question_archive(tmp_path / "a.zip", relations), tmp_path / "out", "dev")
+
+
+@pytest.mark.skipif(not os.environ.get("MALMEN_DATA"), reason="MALMEN_DATA names no folder of real data")
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_entity_questions_become_the_small_tiers_file(tmp_path, split):
+    expected = Path(os.environ["MALMEN_DATA"]) / f"entity_questions/{split}.jsonl.xz"
+    relations = {}
+    for row in read(expected):
+        relations.setdefault(row["relation"], []).append({name: row[name] for name in ("question", "answers")})
+    rows = converters.entity_questions(question_archive(tmp_path / "a.zip", relations, split), tmp_path / "out", split)
+    assert rows == sum(map(len, relations.values())) and read(tmp_path / "out") == read(expected)
+    (item,) = the_manifest()["data_sets"]["entity_questions"]["sources"].values()
+    assert {made_["file"]: made_["rows"] for made_ in item["becomes"]}[f"entity_questions/{split}.jsonl.xz"] == rows
+
+
 def test_rows_of_the_hub():
     row = {"id": "1", "input": "A.", "meta": {"x": ""}, "output": [{"answer": ""}, {"answer": "REFUTES", "meta": {}}]}
     assert converters.from_hub(row) == {"id": "1", "input": "A.", "output": [{"answer": "REFUTES"}]}
@@ -760,7 +810,8 @@ def test_manifest(name, item):
 def test_hashes_are_known_but_where_nobody_published_one():
     downloads_ = [entry for _, item in all_sources() for entry in item["downloads"] if "address" in entry]
     unknown = {entry["file"] for entry in downloads_ if entry["sha256"] is None}
-    assert unknown == {"zsre_mend_eval.json", "pararel-main.zip"}
+    packed = {entry["file"]: entry for entry in downloads_ if "codeload" in entry["address"]}
+    assert unknown == {"zsre_mend_eval.json", *packed} and all("changes" in entry for entry in packed.values())
     hashes = {}
     for entry in downloads_:  # the same address, in two sources: the same file
         assert hashes.setdefault(entry["address"], entry["sha256"]) == entry["sha256"]
