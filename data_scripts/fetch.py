@@ -315,6 +315,15 @@ def check(
     return problems
 
 
+def stated_rows(
+    rows: int | list[int] | None,  # a list where published statements differ
+) -> str:
+    "How many rows a download has; nothing if none are stated."
+    if rows is None:
+        return ""
+    return f" ({' or '.join(f'{count:,}' for count in (rows if isinstance(rows, list) else [rows]))} rows)"
+
+
 def listing(
     manifest: dict[str, Any],
 ) -> str:
@@ -323,7 +332,7 @@ def listing(
     for name, entry in manifest["data_sets"].items():
         lines.append(f"{name}: {entry['what']}. For {entry['used_for']}. Licence: {entry['licence']}")
         for source, what in entry["sources"].items():
-            files = ", ".join(f"{item['file']} ({item['rows']} rows)" for item in what["downloads"])
+            files = ", ".join(item["file"] + stated_rows(item["rows"]) for item in what["downloads"])
             lines.append(f"  {name}={source}: {what['what']}\n    {files}")
     return "\n".join(lines)
 

@@ -758,7 +758,10 @@ def test_a_damaged_record(tmp_path, manifest, content):
 
 def test_command_line(tmp_path, capsys, monkeypatch, dead):
     assert fetch.main(["--list"]) == 0
-    assert "fever=mend" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    stated = "fever_train.json (104,966 or 104,996 rows), fever_eval.json (10,444 rows)"
+    assert "fever=mend" in listed and stated in listed
+    assert "pararel-main.zip\n" in listed and "None" not in listed
     assert fetch.main(["--check", str(tmp_path)]) == 1
     assert fetch.main(["nowhere", "--to", str(tmp_path)]) == 1
     assert "there is no data set 'nowhere'" in capsys.readouterr().err
