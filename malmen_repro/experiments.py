@@ -11,9 +11,11 @@ __all__ = ['LAMBDAS', 'METHODS', 'MAIN_METHODS', 'TABLE_METHODS', 'HOOK_METHODS'
            'LeftOutWarning', 'Method', 'Cell', 'slug', 'Plan', 'Experiment', 'find_experiment', 'cells_of',
            'trained_for', 'at', 'training_settings', 'EvaluationConfig', 'altered', 'configuration', 'condensed',
            'edited_model', 'trained_editor', 'without_training', 'editor_of', 'evaluation_blocks', 'pooled', 'run_cell',
-           'edited_in_batches', 'scores_of', 'learned', 'run_cells', 'left_out', 'changed', 'check_same_bench']
+           'edited_in_batches', 'scores_of', 'learned', 'run_cells', 'left_out', 'changed', 'beside',
+           'check_same_bench']
 
 # %% ../nbs/15_experiments.ipynb #0d6b1775
+import contextlib
 import json
 import math
 import random
@@ -23,7 +25,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from .normal_equation import SingularGramError
 from .ready_editors import READY, fitted, missing_for, ready_editor, ready_settings, seconds_to_make
 from malmen_repro.records import (
     RecordConflictError,
+    RecordError,
     differences,
     existing_record,
     fingerprints,
@@ -50,6 +53,7 @@ from malmen_repro.records import (
     model_size,
     peak_memory,
     plain,
+    read_record,
     reset_peaks,
     sha256,
     versions,
@@ -818,6 +822,7 @@ def run_cells(
     asked = {cell: configuration(cell, settings, evaluation) for cell in cells}
     records = {cell: None if fresh else existing_record(out / cell.path, asked[cell]) for cell in cells}
     pending = sorted((cell for cell in cells if records[cell] is None), key=_place)
+    others = beside(pending, out)
     at, bench, found, failures, lacking = None, None, {}, [], {}
     start = len(cells) - len(pending)
     with tqdm(total=len(cells), initial=start, desc="cells", unit="cell", disable=not progress) as bar:
@@ -828,7 +833,7 @@ def run_cells(
                 bench = changed(bench_for(cell.tier, cell.family, cell.seed), cell)
                 found = fingerprints(bench)
                 lacking |= left_out([other for other in pending if _place(other) == at], bench)
-            check_same_bench(cell, found, bench, [r for r in records.values() if r], out)
+            check_same_bench(cell, found, bench, [*filter(None, records.values()), *others], out)
             if fresh:
                 (out / cell.path).unlink(missing_ok=True)  # if it breaks down, the old one must not stand in
             if cell in lacking:
@@ -879,6 +884,20 @@ def changed(bench: Bench, cell: Cell) -> Bench:
     "The bench in the setting of the cell's experiment."
     setting = _setting(cell)
     return BENCH_SETTINGS[setting](bench, cell.seed) if setting else bench
+
+
+def beside(
+    cells: Sequence[Cell],
+    out_dir: Path,
+) -> list[dict[str, Any]]:  # damaged ones left out
+    "The records of other cells that lie with theirs: a figure would show them together."
+    own, found = {out_dir / cell.path for cell in cells}, []
+    for folder in sorted({path.parent for path in own}):
+        for path in sorted(set(folder.glob("*.json")) - own):
+            with contextlib.suppress(RecordError):
+                found.append(read_record(path))
+    names = {part.name for part in fields(Cell)}
+    return [record for record in found if record["configuration"].get("cell", {}).keys() == names]
 
 
 def check_same_bench(

@@ -32,6 +32,7 @@ from malmen_repro.experiments import (
     Plan,
     UnknownExperimentError,
     altered,
+    beside,
     cells_of,
     condensed,
     configuration,
@@ -406,9 +407,13 @@ def test_records_of_another_bench_are_refused(finished, tmp_path, change):
         "train_facts": replace(bench, train_facts=toy_facts(11)),
         "eval_facts": replace(bench, eval_facts={"toys": toy_facts(10, seed=2, start=20)}),
     }[change]
-    with pytest.raises(RecordConflictError, match=change):
-        run(cells[:2], tmp_path, lambda tier, family, seed: other)
-    assert not (tmp_path / cells[1].path).exists()
+    for asked in (cells[:2], cells[1:2]):  # whether or not the run asks for the record that is there
+        with pytest.raises(RecordConflictError, match=change):
+            run(asked, tmp_path, lambda tier, family, seed: other)
+        assert not (tmp_path / cells[1].path).exists()
+    for text in ("{", json.dumps(records[0] | {"configuration": {}, "hash": sha256({})})):  # neither says a bench
+        (tmp_path / cells[0].path).write_text(text)
+        assert beside(cells[1:2], tmp_path) == []
 
 
 def test_a_damaged_record_is_set_aside_and_runs_again(tmp_path):
