@@ -822,7 +822,7 @@ def run_cells(
     asked = {cell: configuration(cell, settings, evaluation) for cell in cells}
     records = {cell: None if fresh else existing_record(out / cell.path, asked[cell]) for cell in cells}
     pending = sorted((cell for cell in cells if records[cell] is None), key=_place)
-    others = beside(pending, out)
+    others = beside(cells, out) if pending else []
     at, bench, found, failures, lacking = None, None, {}, [], {}
     start = len(cells) - len(pending)
     with tqdm(total=len(cells), initial=start, desc="cells", unit="cell", disable=not progress) as bar:

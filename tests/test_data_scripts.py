@@ -813,8 +813,9 @@ def test_manifest(name, item):
 def test_hashes_are_known_but_where_nobody_published_one():
     downloads_ = [entry for _, item in all_sources() for entry in item["downloads"] if "address" in entry]
     unknown = {entry["file"] for entry in downloads_ if entry["sha256"] is None}
-    packed = {entry["file"]: entry for entry in downloads_ if "codeload" in entry["address"]}
-    assert unknown == {"zsre_mend_eval.json", *packed} and all("changes" in entry for entry in packed.values())
+    packed = {"pararel-main.zip", "EntityQuestions-096c261f327431b30af7ff718670f4bd13214908.zip"}
+    assert unknown == {"zsre_mend_eval.json", *packed}
+    assert all("changes" in entry for entry in downloads_ if entry["file"] in packed)
     hashes = {}
     for entry in downloads_:  # the same address, in two sources: the same file
         assert hashes.setdefault(entry["address"], entry["sha256"]) == entry["sha256"]
