@@ -37,8 +37,8 @@ pytest: .venv/.dev  ## pytest, with the shapes of all arguments checked
 
 # A process for each notebook: none leans on what an earlier one left behind. Any failure makes xargs fail, after the rest.
 nbtest: .venv/.dev  ## nbdev_test over all notebooks
-	ls nbs/*.ipynb | HF_HUB_OFFLINE=1 xargs -n 1 -P $(NB_JOBS) $(BIN)/nbdev_test --timing --path
-	@echo "nbdev_test: $$(ls nbs/*.ipynb | wc -l) notebooks passed"
+	find nbs -name "*.ipynb" -not -path "*/.*" | sort | HF_HUB_OFFLINE=1 xargs -n 1 -P $(NB_JOBS) $(BIN)/nbdev_test --timing --path
+	@echo "nbdev_test: $$(find nbs -name "*.ipynb" -not -path "*/.*" | wc -l) notebooks passed"
 
 # The wheel and what it asks for, nothing else, in an environment of its own.
 wheel: .venv/.dev  ## build the wheel and import it without the development tools

@@ -1,4 +1,4 @@
-"""From the published forms to what `malmen_repro.facts.load_facts` and `malmen_repro.claims` read."""
+"""From the published forms to what `malmen_repro.facts.load_facts` and `malmen_repro.replication.claims` read."""
 
 import json
 import lzma

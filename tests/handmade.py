@@ -2,8 +2,8 @@
 
 from dataclasses import asdict
 
-from malmen_repro.experiments import Cell
-from malmen_repro.records import sha256, write_record
+from malmen_repro.replication.experiments import Cell
+from malmen_repro.replication.records import sha256, write_record
 
 CONDITION = "infinite"  # as a record spells it
 

@@ -22,8 +22,8 @@ import downloads  # noqa: E402
 import fetch  # noqa: E402
 from downloads import FetchError, OfflineError, RefusedError  # noqa: E402
 
-from malmen_repro.claims import fever_claims, pararel_claims  # noqa: E402
 from malmen_repro.facts import LABELS, load_facts  # noqa: E402
+from malmen_repro.replication.claims import fever_claims, pararel_claims  # noqa: E402
 
 NQ = [{"question": f"who is number {i}", "answer": [f"Name {i}", "X"]} for i in range(40)]
 KILT = [

@@ -10,8 +10,7 @@ from malmen_repro.evaluation import evaluate, predict
 from malmen_repro.keys_and_gradients import fine_tuning_loss
 from malmen_repro.training import Curriculum, TrainingConfig, cache_tokens, meta_gradient, meta_loss_terms, train
 from malmen_repro.weight_shifts import WeightShift, overlaid
-
-from .toy import toy_claims, toy_classifier, toy_encoder_decoder, toy_facts, toy_model
+from tests.toy import toy_claims, toy_classifier, toy_encoder_decoder, toy_facts, toy_model
 
 CONFIG = EditorConfig(rank=4, learning_rate=0.1, seed=1)
 KINDS = ["gpt2", "bert", "t5", "bart"]

@@ -32,8 +32,7 @@ from malmen_repro.language_models import (
     linear_layers,
     weight_view,
 )
-
-from .toy import toy_claims, toy_classifier, toy_encoder_decoder, toy_facts
+from tests.toy import toy_claims, toy_classifier, toy_encoder_decoder, toy_facts
 
 VOCABULARY = 40
 GPT2 = "transformer.h.*.mlp.c_proj"

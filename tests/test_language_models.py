@@ -60,8 +60,7 @@ from malmen_repro.language_models import (
     same_model,
     weight_view,
 )
-
-from .toy import LABELS, toy_claims, toy_classifier, toy_encoder_decoder, toy_facts
+from tests.toy import LABELS, toy_claims, toy_classifier, toy_encoder_decoder, toy_facts
 
 WORDS = "[unk] [bos] [eos] what is the capital of france italy ? paris rome new york city".split()
 PAIRS = [

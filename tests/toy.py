@@ -19,7 +19,7 @@ from transformers import (
 
 from malmen_repro.facts import Fact
 from malmen_repro.language_models import LanguageModel, feed_forward
-from malmen_repro.stand_ins import Bench
+from malmen_repro.replication.stand_ins import Bench
 
 WORDS = [f"w{i}" for i in range(60)]
 LABELS = ["SUPPORTS", "REFUTES"]

@@ -16,10 +16,10 @@ assert "site-packages" in Path(malmen_repro.__file__).parts, f"not the installed
 assert malmen_repro.__version__ == importlib.metadata.version("malmen-repro")
 present = [name for name in TOOLS if importlib.util.find_spec(name)]
 assert not present, f"development tools in the clean environment: {present}"
-modules = [module.name for module in pkgutil.iter_modules(malmen_repro.__path__) if module.name != "_modidx"]
+found = (module.name for module in pkgutil.walk_packages(malmen_repro.__path__, "malmen_repro."))
+modules = [name for name in found if not name.endswith("._modidx")]
 for name in modules:
-    importlib.import_module(f"malmen_repro.{name}")
-if "cli" in modules:
-    command = Path(sys.executable).with_name("malmen-repro")
-    subprocess.run([command, "--help"], check=True, stdout=subprocess.DEVNULL)
+    importlib.import_module(name)
+command = Path(sys.executable).with_name("malmen-repro")
+subprocess.run([command, "--help"], check=True, stdout=subprocess.DEVNULL)
 print(f"wheel: malmen-repro {malmen_repro.__version__}, {len(modules)} modules imported without development tools")

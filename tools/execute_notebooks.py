@@ -47,5 +47,5 @@ if __name__ == "__main__":
     if "--slow" in sys.argv:
         Client.flags.discard("slow")
     named = [Path(name).resolve() for name in sys.argv[1:] if name != "--slow"]
-    for notebook_path in named or sorted((ROOT / "nbs").glob("*.ipynb")):
+    for notebook_path in named or sorted((ROOT / "nbs").glob("**/*.ipynb")):
         execute(notebook_path)

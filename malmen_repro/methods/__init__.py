@@ -1,0 +1,1 @@
+"""The other editors, a module each, behind the protocol of `malmen_repro.protocol`."""
