@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help reproduce test lint check pytest nbtest wheel notebooks export readme format clean
+.PHONY: help reproduce test lint typecheck check pytest nbtest wheel notebooks export readme format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -23,10 +23,13 @@ reproduce: .venv/.run  ## set up, then run the tiny tier anew into runs/reproduc
 	$(BIN)/malmen-repro reproduce --tier tiny --out $(OUT)
 
 # Cheap checks first. pytest comes before the notebooks, which draw the committed figures anew: it must see those of git.
-test: lint wheel pytest nbtest  ## set up, then lint, wheel, pytest and notebooks: what CI runs
+test: lint typecheck wheel pytest nbtest  ## set up, then lint, types, wheel, pytest and notebooks: what CI runs
 
 lint: .venv/.dev  ## ruff over modules, notebooks and tests
 	$(BIN)/ruff check $(SOURCES)
+
+typecheck: .venv/.dev  ## mypy over the public interface
+	$(BIN)/mypy
 
 check: .venv/.dev  ## notebooks clean, modules in step with them, version and packaging
 	$(BIN)/python -m pytest tests/test_package.py
@@ -64,13 +67,13 @@ format: .venv/.dev  ## let ruff repair what it can, in the notebooks first, then
 	$(BIN)/nbdev_clean
 
 clean:  ## remove what was built, not the records
-	rm -rf .venv .venv-wheel build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-wheel build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # The set-up, once, and again when pyproject.toml or constraints.txt change.
 .venv/.run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv (once; PyTorch is large) ..."
-	$(BIN)/python $(PIP_INSTALL) --editable .
+	$(BIN)/python $(PIP_INSTALL) --editable '.[replication]'
 	@touch $@
 
 .venv/.dev: .venv/.run

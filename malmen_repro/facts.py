@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Pair', 'NQ_PREFIX', 'LABELS', 'ENTITY_QUESTION_TEMPLATES', 'HELD_OUT', 'TRAINING_TEMPLATES', 'HELD_OUT_TEMPLATES',
-           'MalmenError', 'near_misses', 'FactError', 'FactFileError', 'FactRowError', 'NoFactsError',
-           'ConflictingFactsError', 'TemplateError', 'FactWarning', 'Fact', 'other_label', 'load_facts', 'save_facts',
-           'flipped', 'check_facts', 'drop_conflicts', 'drop_repeats', 'pair_unrelated', 'add_rephrases', 'split_facts']
+           'MalmenError', 'near_misses', 'FactError', 'FactFileError', 'sha256', 'digest', 'cache_folder',
+           'FactRowError', 'NoFactsError', 'ConflictingFactsError', 'TemplateError', 'FactWarning', 'Fact',
+           'other_label', 'load_facts', 'save_facts', 'text_lines', 'flipped', 'check_facts', 'facts_hash',
+           'drop_conflicts', 'drop_repeats', 'pair_unrelated', 'add_rephrases', 'split_facts']
 
 # %% ../nbs/01_facts.ipynb #d84b74b9
 import difflib
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -19,7 +21,7 @@ import warnings
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -55,6 +57,25 @@ class FactFileError(FactError):
 
     def __reduce__(self) -> tuple:  # so that a worker process can hand the error over
         return type(self), (self.problem, self.file)
+
+
+def sha256(
+    value: Any,  # plain JSON
+) -> str:  # 64 hexadecimal digits
+    "Hash of a value; the order of keys does not matter."
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest(
+    value: object,  # plain JSON
+) -> str:  # 12 hexadecimal digits
+    "What tells one value from another, short enough for the name of a file."
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    "Where things are kept that are costly to make anew: `cache_dir`, else $MALMEN_CACHE, else the user's cache."
+    return Path(cache_dir or os.environ.get("MALMEN_CACHE") or Path.home() / ".cache" / "malmen-repro")
 
 # %% ../nbs/01_facts.ipynb #bf9569ef
 class FactRowError(FactError):
@@ -509,6 +530,17 @@ def save_facts(
     except OSError as error:
         raise FactFileError(f"cannot be written: {error.strerror or error}", path) from error
 
+# %% ../nbs/01_facts.ipynb #62aca05d
+def text_lines(
+    path: str | Path,  # plain text, or xz by its name
+) -> list[str]:
+    "The lines that aren't blank, without white space at their ends. Raises `FactFileError`."
+    try:
+        with (lzma.open if Path(path).suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+            return [line.strip() for line in file if line.strip()]
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise FactFileError(f"cannot be read ({error})", path) from error
+
 # %% ../nbs/01_facts.ipynb #a2a26e6a
 def flipped(
     facts: Sequence[Fact],  # claims with their labels
@@ -540,6 +572,14 @@ def check_facts(
                 f"{fact.prompt!r} has the answer {other.answer!r} ({there}) and the answer {fact.answer!r} ({here}); "
                 "give one of them, or use drop_conflicts"
             )
+
+
+def facts_hash(
+    facts: Iterable[Fact],
+) -> str:
+    "Hash of facts in their order; where they were read from does not matter."
+    rows = ({name: value for name, value in asdict(fact).items() if name != "source"} for fact in facts)
+    return sha256(list(rows))
 
 # %% ../nbs/01_facts.ipynb #6fe7c0e6
 def drop_conflicts(

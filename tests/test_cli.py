@@ -14,21 +14,22 @@ import pytest
 import torch
 
 from malmen_repro import cli
-from malmen_repro.editors import MALMEN, Editor, EditorConfig, NonFiniteShiftError
+from malmen_repro.consecutive import RememberingMALMEN, consecutive
+from malmen_repro.editors import MALMEN, Editor, EditorConfig
 from malmen_repro.evaluation import MEASURES, evaluate
 from malmen_repro.facts import FactFileError, save_facts
-from malmen_repro.methods.coachhook import CoachHooK, HookedShift, load_edit
-from malmen_repro.methods.consecutive import RememberingMALMEN, consecutive
+from malmen_repro.methods.coachhook import CoachHooK, HookedShift
 from malmen_repro.methods.fine_tuning import FineTuningConfig
 from malmen_repro.methods.memit import MEMIT, ROME
+from malmen_repro.protocol import load_edit
 from malmen_repro.replication import experiments, records, stand_ins
 from malmen_repro.replication.benches import load_language_model
 from malmen_repro.replication.experiments import EXPERIMENTS, EvaluationConfig
-from malmen_repro.replication.ready_editors import PAPERS, READY
 from malmen_repro.replication.records import read_record, weights_hash
 from malmen_repro.replication.stand_ins import Bench
+from malmen_repro.replication.tier_settings import PAPERS, READY
 from malmen_repro.training import TrainingConfig
-from malmen_repro.weight_shifts import WeightShift
+from malmen_repro.weight_shifts import NonFiniteShiftError, WeightShift
 from tests.replication.test_experiments import READY_TOYS
 from tests.toy import toy_corpus, toy_facts, toy_model
 

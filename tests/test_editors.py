@@ -6,19 +6,12 @@ import pytest
 import torch
 from tokenizers.normalizers import Replace
 
-from malmen_repro.editors import (
-    MALMEN,
-    MEND,
-    EditorConfig,
-    EditorError,
-    EditorModelMismatchError,
-    NonFiniteShiftError,
-    UntrainedEditorError,
-    check_finite,
-)
+from malmen_repro.editors import MALMEN, MEND, EditorConfig, EditorModelMismatchError, UntrainedEditorError
 from malmen_repro.facts import ConflictingFactsError, NoFactsError
 from malmen_repro.keys_and_gradients import capture
 from malmen_repro.language_models import ContextLengthError, EmptyAnswerError
+from malmen_repro.protocol import EditorError
+from malmen_repro.weight_shifts import NonFiniteShiftError, check_finite
 from tests.test_training import make_editor
 from tests.toy import toy_facts, toy_model
 

@@ -80,6 +80,87 @@ def test_shapes_are_checked_in_these_tests():
         aggregate(torch.zeros(3, 2), torch.zeros(4, 2), 1.0)
 
 
+# --- three wings: replication -> methods -> library
+
+
+def wing(module):
+    """0 for the library, 1 for the other editors, 2 for the replication."""
+    return {"methods": 1, "replication": 2}.get(f"{module}.".split(".")[1], 0)
+
+
+def imported(path):
+    """The modules of this package that a module imports, anywhere in it, and those it names in a string."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    package = name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield source
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "import_module":
+            yield from (part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and part.value)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_arrows_point_one_way(path):
+    own = wing(".".join(path.relative_to(ROOT).parts))
+    found = {name for name in imported(path) if str(name).startswith("malmen_repro.") and wing(name) > own}
+    assert not found, "the library knows nothing of the methods, and neither of the replication"
+
+
+def test_the_search_for_arrows_finds_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "malmen_repro" / "methods").mkdir(parents=True)
+    path = tmp_path / "malmen_repro" / "methods" / "one.py"
+    lines = ("from ..replication import records", "def f():", "    from .memit import MEMIT", "    import malmen_repro.cli")
+    path.write_text("\n".join(lines))
+    found = set(imported(path))
+    assert {"malmen_repro.replication.records", "malmen_repro.methods.memit", "malmen_repro.cli"} <= found
+    assert wing("malmen_repro.replication.records") == 2 and wing("malmen_repro.methods") == 1
+
+
+def test_a_fact_walks_to_a_shift_without_the_replication():
+    code = """
+import sys, malmen_repro
+from malmen_repro import MALMEN, Fact, LanguageModel, WeightShift, evaluate, find_editor, load_edit, load_facts
+from malmen_repro import cli, consecutive, training
+find_editor("MEMIT"), find_editor("FT")
+print(*[name for name in sys.modules if name.startswith("malmen_repro.replication")])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
+# --- the front door
+
+
+def test_the_top_level_has_its_names_and_imports_nothing_heavy():
+    code = "import sys, malmen_repro; print(*malmen_repro.__all__); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    listed, heavy = run.stdout.splitlines()
+    assert heavy == "False"
+    assert set(listed.split()) == set(malmen_repro._PLACES) and len(malmen_repro._PLACES) <= 12
+    for name in malmen_repro.__all__:
+        assert getattr(malmen_repro, name).__module__ == f"malmen_repro.{malmen_repro._PLACES[name]}"
+    assert set(malmen_repro.__all__) <= set(dir(malmen_repro))
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        malmen_repro.nothing_like_this  # noqa: B018
+
+
+def test_help_needs_no_torch():
+    lines = ("import sys", "from malmen_repro.cli import main")
+    code = "\n".join([*lines, "try: main(['--help'])", "finally: print('torch' in sys.modules)"])
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "False" and "reproduce" in run.stdout
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "malmen_repro" / "py.typed").exists() and "py.typed" in (ROOT / "pyproject.toml").read_text()
+
+
 # --- notebooks and modules
 
 

@@ -9,6 +9,7 @@ __all__ = ['fine_tuned_layers', 'fine_tuned', 'FineTuningConfig', 'ShiftAdamW', 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..editors import EditorError, NonFiniteShiftError, check_finite
 from ..facts import Fact, check_facts
 from ..keys_and_gradients import fine_tuning_loss
 from ..language_models import EncodedPair, LanguageModel, feed_forward, match_layers, weight_view
-from ..weight_shifts import WeightShift, overlaid
+from ..protocol import EditorError, Needs
+from ..weight_shifts import Edit, NonFiniteShiftError, WeightShift, check_finite, overlaid
 
 # %% ../../nbs/methods/20_fine_tuning.ipynb #c5ce5f7a
 def fine_tuned_layers(
@@ -94,6 +95,9 @@ class FineTuning:
     "FT, Appendix A.5: an editor that needs no training of its own."
 
     method: ClassVar[str] = "FT"
+    needs: ClassVar[Needs] = Needs()
+    gives: ClassVar[type[Edit]] = WeightShift
+    paper_config: ClassVar[FineTuningConfig] = FineTuningConfig()
 
     def __init__(
         self,
@@ -107,6 +111,9 @@ class FineTuning:
         cls,
         lm: LanguageModel,  # wrapped with any layers
         config: FineTuningConfig | None = None,  # the paper's if None
+        corpus: Sequence[str] = (),  # not read
+        cache: str | Path | None = None,  # not used
+        progress: bool = False,
     ) -> "FineTuning":
         "FT of the paper's layers of a model that is wrapped for another method. Raises as `fine_tuned_layers` does."
         return cls(fine_tuned(lm), config)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOSSES', 'FT_W', 'FT_L', 'FT_M', 'answer_loss', 'last_token_loss', 'FactLoss', 'prompt_alone', 'StepConfig',
            'SteppedFineTuningConfig', 'stepped_layer', 'TunedShifts', 'mini_batches', 'SteppedEditor',
-           'SteppedFineTuning', 'LoRAConfig', 'adapter', 'FactDropout', 'TunedAdapters', 'LoRA']
+           'SteppedFineTuning', 'WeightDecayFineTuning', 'LastTokenFineTuning', 'MaskedFineTuning', 'LoRAConfig',
+           'adapter', 'FactDropout', 'TunedAdapters', 'LoRA']
 
 # %% ../../nbs/methods/21_fine_tuning_variants.ipynb #13e1ffc4
 import math
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -24,12 +26,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..editors import EditorError, NonFiniteShiftError, check_finite
 from ..facts import Fact, check_facts
 from ..keys_and_gradients import at_least_float32
 from ..language_models import EncodedPair, LanguageModel, TokenBatch, feed_forward, match_layers
 from .fine_tuning import FineTuningConfig, ShiftAdamW
-from ..weight_shifts import WeightShift, overlaid, swapped
+from ..protocol import EditorError, Needs
+from ..weight_shifts import Edit, NonFiniteShiftError, WeightShift, check_finite, overlaid, swapped
 
 # %% ../../nbs/methods/21_fine_tuning_variants.ipynb #89a1d9e9
 def answer_loss(
@@ -183,6 +185,8 @@ class SteppedEditor:
     "An editor that takes steps of Adam on the facts themselves; a subclass says what is trained."
 
     method: str
+    needs: ClassVar[Needs] = Needs()
+    gives: ClassVar[type[Edit]] = WeightShift
 
     def __init__(
         self,
@@ -269,26 +273,50 @@ def _accumulate(
 class SteppedFineTuning(SteppedEditor):
     "FT-W, FT-L, FT-M and what lies between them: an editor that needs no training of its own."
 
+    paper_config: ClassVar[SteppedFineTuningConfig] = FT_M
+
     def __init__(
         self,
         lm: LanguageModel,  # wrapped with the layers to tune; it stays as it is
-        config: SteppedFineTuningConfig = FT_M,
+        config: SteppedFineTuningConfig | None = None,  # its paper's if None
     ):
-        super().__init__(lm, config)
-        self.method = config.method
+        super().__init__(lm, config or self.paper_config)
+        self.method = self.config.method
 
     @classmethod
     def of(
         cls,
         lm: LanguageModel,  # wrapped with any layers
-        config: SteppedFineTuningConfig = FT_M,
+        config: SteppedFineTuningConfig | None = None,  # its paper's if None
+        corpus: Sequence[str] = (),  # not read
+        cache: str | Path | None = None,  # not used
+        progress: bool = False,
     ) -> "SteppedFineTuning":
         "One layer of a model that is wrapped for another method. Raises as `stepped_layer` does, and `EditorError`."
+        config = config or cls.paper_config
         return cls(LanguageModel(lm.model, lm.tokenizer, stepped_layer(lm.model, config)), config)
 
     def tuned(self) -> TunedShifts:
         "No shift yet, of each layer."
         return TunedShifts(self.lm, self.config)
+
+
+class WeightDecayFineTuning(SteppedFineTuning):
+    "FT-W, of MEMIT's Appendix B.1: weight decay, and a stop when the loss is low."
+
+    paper_config = FT_W
+
+
+class LastTokenFineTuning(SteppedFineTuning):
+    "FT-L, of CoachHooK's Appendix B: the whole answer is asked of the prompt's last token."
+
+    paper_config = FT_L
+
+
+class MaskedFineTuning(SteppedFineTuning):
+    "FT-M, of CoachHooK's Appendix B: the loss of the answer's tokens."
+
+    paper_config = FT_M
 
 # %% ../../nbs/methods/21_fine_tuning_variants.ipynb #1db6ce3e
 @dataclass(frozen=True)
@@ -416,14 +444,27 @@ class TunedAdapters:
 class LoRA(SteppedEditor):
     "Low-rank adaptation as an editor: it needs no training of its own."
 
-    method: ClassVar[str] = "LoRA"
+    method = "LoRA"
+    paper_config: ClassVar[LoRAConfig] = LoRAConfig()
 
     def __init__(
         self,
         lm: LanguageModel,  # wrapped with the layers to adapt; it stays as it is
         config: LoRAConfig | None = None,  # CoachHooK's for GPT2-XL if None
     ):
-        super().__init__(lm, config or LoRAConfig())
+        super().__init__(lm, config or self.paper_config)
+
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,  # wrapped with the layers to adapt
+        config: LoRAConfig | None = None,  # CoachHooK's for GPT2-XL if None
+        corpus: Sequence[str] = (),  # not read
+        cache: str | Path | None = None,  # not used
+        progress: bool = False,
+    ) -> "LoRA":
+        "LoRA of the layers that the model is wrapped with."
+        return cls(lm, config)
 
     def tuned(self) -> TunedAdapters:
         "Adapters that change nothing yet."

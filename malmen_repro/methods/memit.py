@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -19,11 +20,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..editors import EditorError, check_finite
 from ..facts import Fact, check_facts
 from ..keys_and_gradients import at_least_float32
 from ..language_models import EncodedPair, LanguageModel, feed_forward
-from .key_statistics import KeyStatistics, until_seen
+from .key_statistics import KeyStatistics, corpus_statistics, until_seen
 from malmen_repro.methods.target_vectors import (
     TargetConfig,
     Targets,
@@ -35,7 +35,8 @@ from malmen_repro.methods.target_vectors import (
     target_vectors,
 )
 from ..normal_equation import SingularGramError, condition_number
-from ..weight_shifts import WeightShift, overlaid
+from ..protocol import EditorError, Needs
+from ..weight_shifts import Edit, WeightShift, check_finite, overlaid
 
 # %% ../../nbs/methods/24_memit.ipynb #e213e465
 class MemorySums:
@@ -209,6 +210,9 @@ class MEMIT:
     "Mass-Editing Memory In a Transformer: an editor that needs subjects and a corpus, and no training."
 
     method: ClassVar[str] = "MEMIT"
+    needs: ClassVar[Needs] = Needs(subjects=True, corpus=True)
+    gives: ClassVar[type[Edit]] = WeightShift
+    paper_config: ClassVar[MEMITConfig] = MEMITConfig()
 
     def __init__(
         self,
@@ -221,6 +225,20 @@ class MEMIT:
         statistics.check_fits(lm)
         self.lm, self.statistics, self.config = lm, statistics, config or MEMITConfig()
         self.block = block_of(list(lm.layers)[-1])  # L
+
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,  # a decoder, wrapped with any layers
+        config: MEMITConfig | None = None,  # the paper's if None
+        corpus: Sequence[str] = (),  # ordinary text
+        cache: str | Path | None = None,  # folder of key statistics; the user's cache if None
+        progress: bool = False,  # show bars
+    ) -> "MEMIT":
+        "MEMIT of a model's critical layers, with the key statistics of a corpus. Raises `EmptyCorpusError`."
+        config = config or cls.paper_config
+        layers = critical_layers(lm, config.blocks)
+        return cls(layers, corpus_statistics(layers, corpus, cache, progress), config)
 
     def prefixes(self) -> list[str]:
         "$x_j$ of Eqs. 16 and 19, written by the model as it is now."
@@ -280,6 +298,9 @@ class ROME:
     "Rank-One Model Editing, fact after fact."
 
     method: ClassVar[str] = "ROME"
+    needs: ClassVar[Needs] = Needs(subjects=True, corpus=True)
+    gives: ClassVar[type[Edit]] = WeightShift
+    paper_config: ClassVar[MEMITConfig] = MEMITConfig(target=ROME_TARGET)
 
     def __init__(
         self,
@@ -289,13 +310,27 @@ class ROME:
     ):
         if len(lm.layers) != 1:
             raise EditorError(f"ROME edits one layer, and the model is wrapped with {len(lm.layers)}: choose one")
-        self.memit = MEMIT(lm, statistics, config or MEMITConfig(target=ROME_TARGET))
+        self.memit = MEMIT(lm, statistics, config or self.paper_config)
         self.lm, self.statistics, self.config = lm, statistics, self.memit.config
         (self.layer,) = lm.layers
         moment = statistics.second_moments[self.layer].to(lm.device)
         self.cholesky, info = torch.linalg.cholesky_ex(moment)
         if info.item():
             raise SingularGramError(self.layer, statistics.tokens, len(moment), 0.0, condition_number(moment, 0.0))
+
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,  # a decoder, wrapped with any layers
+        config: MEMITConfig | None = None,  # the paper's if None
+        corpus: Sequence[str] = (),  # ordinary text
+        cache: str | Path | None = None,  # folder of key statistics; the user's cache if None
+        progress: bool = False,  # show bars
+    ) -> "ROME":
+        "ROME of the last critical layer, with the key statistics of a corpus. Raises `EmptyCorpusError`."
+        config = config or cls.paper_config
+        layers = critical_layers(lm, config.blocks[-1:])
+        return cls(layers, corpus_statistics(layers, corpus, cache, progress), config)
 
     def edit(
         self,

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..editors import EditorError
 from ..facts import Fact, MalmenError
 from ..keys_and_gradients import at_least_float32
 from ..language_models import LanguageModel, LayerPatternError, TokenBatch, gathered
 from .key_statistics import until_seen
+from ..protocol import EditorError
 from ..weight_shifts import swapped
 
 # %% ../../nbs/methods/23_target_vectors.ipynb #8b557c92

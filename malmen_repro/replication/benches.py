@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['TIERS', 'FAMILIES', 'SPLITS', 'TUNED', 'QUESTION_FILES', 'CLAIM_FILES', 'CASE_FILES', 'CORPUS_FILES', 'SMALL_FILES',
            'BY_HAND', 'TRAIN_FACTS', 'MOST', 'BenchFor', 'BenchError', 'UnknownTierError', 'MissingDataError', 'Family',
-           'load_language_model', 'how_to_get', 'only_file', 'check_tier', 'published_facts', 'with_subjects',
-           'corpus_texts', 'paper_facts', 'paper_bench', 'shapes_bench', 'bench_loader', 'TuningConfig',
-           'fine_tune_classifier', 'tune_classifier']
+           'how_to_get', 'only_file', 'check_tier', 'published_facts', 'with_subjects', 'corpus_texts', 'paper_facts',
+           'paper_bench', 'shapes_bench', 'bench_loader', 'TuningConfig', 'fine_tune_classifier', 'tune_classifier']
 
 # %% ../../nbs/replication/38_benches.ipynb #53f6a44b
 import json
@@ -29,21 +28,21 @@ from malmen_repro.facts import (
     FactFileError,
     MalmenError,
     NoFactsError,
+    digest,
     drop_conflicts,
     drop_repeats,
     flipped,
     load_facts,
     pair_unrelated,
+    text_lines,
 )
-from ..language_models import EncodedPair, LanguageModel, feed_forward
+from ..language_models import EncodedPair, LanguageModel, ModelNotFoundError, check_model
 from malmen_repro.replication.paper_models import (
     PAPER_MODELS,
-    ModelNotFoundError,
-    check_model,
     paper_model,
     random_model,
 )
-from .stand_ins import Bench, digest, invent_world, tell_claims, words_of
+from .stand_ins import Bench, invent_world, tell_claims, words_of
 from ..training import TrainingError, read_checkpoint, write_checkpoint
 
 # %% ../../nbs/replication/38_benches.ipynb #e910ba8d
@@ -80,44 +79,6 @@ FAMILIES: dict[str, Family] = {
     "questions": Family("gpt2-recall", "GPT-2", "question answering"),  # the same, small tier only, notebook 34
     "base": Family("gpt2-base", "GPT-2", "question answering"),  # the same again, as deep and wide as GPT-2
 }
-
-# %% ../../nbs/replication/38_benches.ipynb #4df07dcb
-def load_language_model(
-    name: str,  # a folder, or a name on the hub
-    layers: str | Sequence[str] | None = None,  # glob pattern(s) of the layers to edit; None for the second FFN layers
-    last: int | None = None,  # only the last so many
-    device: str | None = None,  # None for the accelerator if there is one
-    progress: bool = True,  # let transformers show its bars
-) -> LanguageModel:
-    """A model of any family with its tokenizer, in the dtype it was saved in.
-
-    Raises `ModelNotFoundError`, `UnsupportedFamilyError` and `LayerPatternError`.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    check_model(name)
-    if not progress:
-        transformers_logging.disable_progress_bar()
-    try:
-        model_class = _model_class(AutoConfig.from_pretrained(name))
-        tokenizer, model = AutoTokenizer.from_pretrained(name), model_class.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(f"the model {name!r} cannot be loaded: {reason}") from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return LanguageModel(model.to(device), tokenizer, layers or feed_forward(model, "second"), last)
-
-
-def _model_class(config) -> type:
-    "How transformers loads a model of this configuration with the head that its family needs."
-    import transformers
-
-    if config.is_encoder_decoder:
-        return transformers.AutoModelForSeq2SeqLM
-    if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-        return transformers.AutoModelForSequenceClassification
-    return transformers.AutoModelForCausalLM
 
 # %% ../../nbs/replication/38_benches.ipynb #6970b9fd
 SPLITS = {"train": ("*train*.json*",), "eval": ("*eval*.json*", "*dev*.json*")}  # -> names of its file
@@ -255,8 +216,6 @@ def corpus_texts(
     data_dir: str | Path,  # with corpus/, or without
 ) -> list[str]:
     "Ordinary text for key statistics: the lines of all text files in corpus/. Raises `FactFileError`."
-    from malmen_repro.replication.small_stand_in import text_lines
-
     found = []
     for path in sorted((Path(data_dir) / "corpus").glob("*.txt*")):
         try:

@@ -7,12 +7,11 @@ __all__ = ['LAMBDAS', 'METHODS', 'MAIN_METHODS', 'TABLE_METHODS', 'HOOK_METHODS'
            'SMALL_MEMIT_METHODS', 'MEMIT_METHODS', 'FEW_MEMIT_METHODS', 'FEW_HOOK_METHODS', 'FEW_CASE_METHODS',
            'FEW_TABLE_METHODS', 'SMALL_METHODS', 'CONSECUTIVE_METHODS', 'ALL_METHODS', 'SMALL_KNOWN', 'SMALL_QUESTIONS',
            'SMALL_DECODER', 'SMALL_STACKS', 'BASE_QUESTIONS', 'SMALL_CLAIMS', 'SMALL_ABLATION', 'EXPERIMENTS',
-           'SETTINGS', 'SCHEMA', 'SettingsOf', 'OBSERVED', 'ExperimentError', 'UnknownExperimentError', 'CellError',
+           'SETTINGS', 'SCHEMA', 'SettingsOf', 'ExperimentError', 'UnknownExperimentError', 'CellError',
            'LeftOutWarning', 'Method', 'Cell', 'slug', 'Plan', 'Experiment', 'find_experiment', 'cells_of',
            'trained_for', 'at', 'training_settings', 'EvaluationConfig', 'altered', 'configuration', 'condensed',
-           'edited_model', 'trained_editor', 'without_training', 'editor_of', 'evaluation_blocks', 'pooled', 'run_cell',
-           'edited_in_batches', 'scores_of', 'learned', 'run_cells', 'left_out', 'changed', 'beside',
-           'check_same_bench']
+           'edited_model', 'trained_editor', 'editor_of', 'evaluation_blocks', 'pooled', 'run_cell',
+           'edited_in_batches', 'learned', 'run_cells', 'left_out', 'changed', 'beside', 'check_same_bench']
 
 # %% ../../nbs/replication/44_experiments.ipynb #0d6b1775
 import contextlib
@@ -32,23 +31,16 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..consecutive import RememberingMALMEN, consecutive
 from ..editors import MALMEN, MEND, Editor, EditorConfig
-from ..evaluation import Scores, evaluate
-from ..facts import Fact, MalmenError, near_misses
+from ..evaluation import Scores, evaluate, plain, scores_of
+from ..facts import Fact, MalmenError, near_misses, sha256
 from ..language_models import LanguageModel, feed_forward
-from ..methods.consecutive import RememberingMALMEN, consecutive
 from ..normal_equation import SingularGramError
+from ..protocol import find_editor
 from .bench_settings import BENCH_SETTINGS, MIXED
 from .benches import TRAIN_FACTS, BenchFor
 from .extra_measures import EXTRAS
-from malmen_repro.replication.ready_editors import (
-    READY,
-    fitted,
-    missing_for,
-    ready_editor,
-    ready_settings,
-    seconds_to_make,
-)
 from malmen_repro.replication.records import (
     RecordConflictError,
     RecordError,
@@ -59,16 +51,22 @@ from malmen_repro.replication.records import (
     hardware,
     model_size,
     peak_memory,
-    plain,
     read_record,
     reset_peaks,
-    sha256,
     versions,
     write_record,
 )
 from .released_code import VARIANTS
 from .stand_ins import Bench
-from ..training import TrainingConfig, tune_learning_rate
+from malmen_repro.replication.tier_settings import (
+    READY,
+    fitted,
+    missing_for,
+    ready_editor,
+    ready_settings,
+    seconds_to_make,
+)
+from ..training import TrainingConfig, without_training
 from ..weight_shifts import Edit
 
 # %% ../../nbs/replication/44_experiments.ipynb #028bc9f1
@@ -104,7 +102,7 @@ class Method:
 
 def _ready(name: str, **changes: Any) -> Method:
     "One of `READY`, with some of its settings changed."
-    return Method(READY[name].editor, changes, trained=False, ready=name)
+    return Method(find_editor(name), changes, trained=False, ready=name)
 
 
 LAMBDAS = (10, 100, 10_000, 100_000)  # for MEMIT and CoachHooK, beside the tier's own
@@ -623,21 +621,6 @@ def _of_kind(kind: type[Editor], editor: Editor) -> Editor:
     return other
 
 
-OBSERVED = 1024  # training facts that give an untrained editor's normalisers their statistics
-
-
-def without_training(
-    editor: Editor,  # its normalisers and learning rates are set in place
-    train_facts: Sequence[Fact],
-    config: TrainingConfig,  # m, the locality coefficient, batch sizes and the seed are read
-    progress: bool = True,
-) -> float:  # eta of every layer
-    "What an untrained editor needs: its normalisers see a sample of the facts, and one block of them chooses eta."
-    sample = random.Random(config.seed).sample(train_facts, min(OBSERVED, len(train_facts)))
-    editor.observe(sample, config.lm_batch_size, progress)
-    return tune_learning_rate(editor, train_facts, config)
-
-
 def _train(cell, editor, train_facts, config, checkpoint, progress) -> dict[str, Any]:
     "Train, or choose one learning rate; what a record tells of it."
     device = editor.lm.device
@@ -778,23 +761,6 @@ def _broken(
     }
 
 # %% ../../nbs/replication/44_experiments.ipynb #9809db03
-def scores_of(
-    scores: Scores,
-    blocks: list[int],  # how many facts were edited at once, time after time
-) -> dict[str, Any]:  # fields of a record
-    "Means with 95 % bootstrap intervals over facts, and all facts' scores."
-    summary = {
-        name: {
-            "mean": scores.mean(name),
-            "interval": list(scores.interval(name)),
-            "facts": int(np.isfinite(values).sum()),
-        }
-        for name, values in scores.values.items()
-    }
-    per_fact = {name: values.tolist() for name, values in scores.values.items()}
-    return {"scores": plain(summary), "blocks": blocks, "per_fact": plain(per_fact)}
-
-
 def learned(
     editor: Any,  # of any method
 ) -> dict[str, dict[str, float]]:  # layer -> eta and lambda

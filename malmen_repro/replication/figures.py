@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAPER_MEASURES', 'MEASURES_OF_CASES', 'PALETTE', 'MARKERS', 'BROKEN', 'LOOKS', 'ROW_NAMES', 'OWN_WAY', 'SHOWN_AS',
-           'in_order', 'scaling_points', 'spread', 'shown', 'markdown_table', 'spread_note', 'scaling_table',
-           'compare_tables', 'figure_title', 'save_figure', 'panels', 'draw_scaling', 'legend_below',
-           'logarithmic_axis', 'per_cent_axis', 'variants_table', 'mean_of', 'residual_points', 'residual_table',
-           'draw_residuals', 'time_table', 'sequence_points', 'sequence_table', 'draw_sequences', 'failure_table',
-           'case_points', 'case_table', 'case_note', 'draw_cases', 'draw_mixtures', 'table_of', 'draw',
-           'committed_figure', 'mean_at']
+           'in_order', 'scaling_points', 'spread', 'shown', 'spread_note', 'scaling_table', 'compare_tables',
+           'figure_title', 'save_figure', 'panels', 'draw_scaling', 'legend_below', 'logarithmic_axis', 'per_cent_axis',
+           'variants_table', 'mean_of', 'residual_points', 'residual_table', 'draw_residuals', 'time_table',
+           'sequence_points', 'sequence_table', 'draw_sequences', 'failure_table', 'case_points', 'case_table',
+           'case_note', 'draw_cases', 'draw_mixtures', 'table_of', 'draw', 'committed_figure', 'mean_at']
 
 # %% ../../nbs/replication/46_figures.ipynb #4dcb2d0d
 import math
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..evaluation import markdown_table
 from .bench_settings import MIXTURES
 from .experiments import EXPERIMENTS, METHODS
 from .extra_measures import pooled_means
@@ -86,18 +86,6 @@ def shown(
         return "–"
     mean, low, high = (100 * value for value in point[measure])
     return f"{mean:.1f} ± {mean - low:.1f}" if point["seeds"] > 1 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def markdown_table(
-    header: Sequence[str],
-    rows: Sequence[Sequence[object]],
-) -> str:
-    "A table that reads well as plain text too."
-    cells = [list(map(str, row)) for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    padded = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in cells]
-    lines = [f"| {' | '.join(row)} |" for row in padded]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def spread_note(

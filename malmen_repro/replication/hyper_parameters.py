@@ -9,8 +9,8 @@ __all__ = ['Key', 'MS', 'PAPER', 'values', 'in_words', 'hyper_parameter_table']
 from collections.abc import Sequence
 from typing import Any
 
+from ..evaluation import markdown_table
 from .experiments import training_settings
-from .figures import markdown_table
 from .paper_models import HYPER_PARAMETERS, PAPER_MODELS
 
 Key = tuple[str, str]  # the class of a configuration, and a field of it

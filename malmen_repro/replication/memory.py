@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ..editors import EDITORS, Editor, EditorConfig, check_finite
-from ..facts import MalmenError
+from ..editors import EDITORS, Editor, EditorConfig
+from ..facts import MalmenError, sha256
 from ..language_models import EncodedPair, LanguageModel
 from ..normal_equation import aggregate
 from malmen_repro.replication.records import (
@@ -41,13 +41,13 @@ from malmen_repro.replication.records import (
     model_size,
     reset_peaks,
     resident_bytes,
-    sha256,
     versions,
     weights_hash,
     write_record,
 )
 from .stand_ins import TinyConfig, word_tokenizer
 from ..training import Block, TrainingConfig, cache_tokens, meta_gradient, meta_loss_terms
+from ..weight_shifts import check_finite
 
 # %% ../../nbs/replication/49_memory.ipynb #e75fd63b
 class MemoryLimitError(MalmenError, MemoryError):
@@ -483,7 +483,7 @@ def memory_table(
     records: Sequence[Mapping[str, Any]],  # of one tier
 ) -> str:  # markdown
     "A row for each m: peak of the tensors, growth of the accelerator's memory, or the process's, and seconds."
-    from malmen_repro.replication.figures import markdown_table
+    from malmen_repro.evaluation import markdown_table
 
     rows: dict[int, dict[str, list[str]]] = {}
     for record in records:

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['FEVER_LABELS', 'GPT2_SIZES', 'BERT_SIZES', 'T5_XL_SIZES', 'GPTJ_SIZES', 'ZSRE', 'FEVER', 'PAPER_MODELS',
-           'AUTO_CLASSES', 'HYPER_PARAMETERS', 'SPECIAL_TOKENS', 'TEMPLATES', 'HUB_PATIENCE', 'SCORED', 'TEXTS',
-           'TEXT_TOKENS', 'A100', 'UTILISATION', 'PUBLISHED_HOURS', 'DATA', 'PaperModelError', 'ModelNotFoundError',
-           'PaperModel', 'powers', 'find_model', 'architecture', 'skeleton', 'edited_layers', 'tuned_layers',
-           'shapes_of', 'random_tokenizer', 'random_model', 'wrapped', 'check_model', 'paper_model',
-           'hyper_network_size', 'step_memory', 'Cost', 'cached_tokens', 'cost', 'cost_table', 'linear_sizes', 'behind',
-           'activation_memory', 'passes', 'layer_operations', 'step_operations', 'scoring_operations',
-           'memit_operations', 'statistics_operations', 'Run', 'Item', 'hours', 'run_hours', 'run_memory', 'run_disk',
-           'needs_table']
+           'AUTO_CLASSES', 'HYPER_PARAMETERS', 'SPECIAL_TOKENS', 'TEMPLATES', 'SCORED', 'TEXTS', 'TEXT_TOKENS', 'A100',
+           'UTILISATION', 'PUBLISHED_HOURS', 'DATA', 'PaperModelError', 'PaperModel', 'powers', 'find_model',
+           'architecture', 'skeleton', 'edited_layers', 'tuned_layers', 'shapes_of', 'random_tokenizer', 'random_model',
+           'wrapped', 'paper_model', 'hyper_network_size', 'step_memory', 'Cost', 'cached_tokens', 'cost', 'cost_table',
+           'linear_sizes', 'behind', 'activation_memory', 'passes', 'layer_operations', 'step_operations',
+           'scoring_operations', 'memit_operations', 'statistics_operations', 'Run', 'Item', 'hours', 'run_hours',
+           'run_memory', 'run_disk', 'needs_table']
 
 # %% ../../nbs/replication/37_paper_models.ipynb #6dd4ca5b
 import json
@@ -20,7 +19,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +39,16 @@ from transformers.utils import logging as transformers_logging
 
 from ..editors import EditorConfig, LayerNetworks
 from ..facts import MalmenError, near_misses
-from ..language_models import LanguageModel, family_of, feed_forward, match_layers, weight_view
+from malmen_repro.language_models import (
+    LanguageModel,
+    ModelNotFoundError,
+    check_model,
+    family_of,
+    feed_forward,
+    first_line,
+    match_layers,
+    weight_view,
+)
 from ..methods.fine_tuning import FineTuningConfig, fine_tuned_layers
 from ..methods.memit import MEMITConfig, memit_layers
 from ..training import TrainingConfig
@@ -49,10 +56,6 @@ from ..training import TrainingConfig
 # %% ../../nbs/replication/37_paper_models.ipynb #c5490fd8
 class PaperModelError(MalmenError, ValueError):
     "There is no such model in the paper, or what was loaded is not that model."
-
-
-class ModelNotFoundError(MalmenError, OSError):
-    "A language model is neither on this machine nor to be had from the hub."
 
 
 @dataclass(frozen=True)
@@ -289,38 +292,6 @@ def wrapped(
     return LanguageModel(model, tokenizer, patterns, min(find_model(name).last, blocks))
 
 # %% ../../nbs/replication/37_paper_models.ipynb #4879af21
-HUB_PATIENCE = 5.0  # seconds
-
-
-def check_model(
-    name: str,  # a folder, or a name on the hub
-) -> None:
-    "Raises `ModelNotFoundError`, within seconds, if a model is neither here nor on a hub that answers."
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise ModelNotFoundError(f"the folder {name} holds no model: it has no config.json (see save_pretrained)")
-        return
-    try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name, timeout=HUB_PATIENCE)
-    except HFValidationError:
-        raise ModelNotFoundError(f"there is no folder {name}, and no model on the hub can have that name") from None
-    except Exception as error:  # offline mode, no network, a proxy's refusal, no such model: many kinds
-        papers = name in [about.hub for about in PAPER_MODELS.values()]
-        random = "; its shapes with random weights need no hub: malmen-repro reproduce --random-weights"
-        raise ModelNotFoundError(
-            f"the model {name!r} is not on this machine, and the Hugging Face hub does not give it "
-            f"({_first_line(error)}); give the folder of a saved model, or go online{random if papers else ''}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def paper_model(
     name: str,  # a key of `PAPER_MODELS`
     source: str | None = None,  # a folder to load instead of the hub's checkpoint
@@ -331,14 +302,18 @@ def paper_model(
     "A model of the paper. Raises `ModelNotFoundError`, and `PaperModelError` if what is loaded is another model."
     about = find_model(name)
     source, kind = source or about.hub, AUTO_CLASSES[about.family]
-    check_model(source)
+    try:
+        check_model(source)
+    except ModelNotFoundError as error:
+        random = "; its shapes with random weights need no hub: malmen-repro reproduce --random-weights"
+        raise ModelNotFoundError(f"{error}{random if source == about.hub else ''}") from error
     labels = FEVER_LABELS if about.family == "encoder-classifier" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         options = {"dtype": dtype or about.dtype, "output_loading_info": True}
         model, info = kind.from_pretrained(source, **labels, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelNotFoundError(f"the model {source!r} cannot be loaded: {_first_line(error)}") from error
+        raise ModelNotFoundError(f"the model {source!r} cannot be loaded: {first_line(error)}") from error
     if (missing := sorted(info["missing_keys"])) and not new_head:
         raise PaperModelError(f"{source!r} has no weights for {missing[0]}: fine-tune the model first (Appendix A.4)")
     if (count := model.num_parameters()) != about.parameters:

@@ -6,14 +6,11 @@
 __all__ = ['PEOPLE', 'TOWNS', 'CLAIMS', 'ARCHITECTURES', 'invent_words', 'answer_pools', 'tell_facts', 'invent_world',
            'StandInError', 'tell_claims', 'tell_statements', 'word_tokenizer', 'TinyConfig', 'TinyGPTJConfig',
            'TinyT5Config', 'TinyBERTConfig', 'TinySubjectsConfig', 'TinyArchitecture', 'tiny_model', 'WorldParts',
-           'world_parts', 'words_of', 'train_language_model', 'subject_mask', 'known_share', 'Bench', 'cache_folder',
-           'digest', 'tiny_bench']
+           'world_parts', 'words_of', 'train_language_model', 'subject_mask', 'known_share', 'Bench', 'tiny_bench']
 
 # %% ../../nbs/replication/30_stand_ins.ipynb #4a7a6675
-import hashlib
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +43,17 @@ from transformers import (
 )
 
 from ..evaluation import answer_predictions, share
-from ..facts import LABELS, Fact, MalmenError, Pair, flipped, other_label, pair_unrelated
+from malmen_repro.facts import (
+    LABELS,
+    Fact,
+    MalmenError,
+    Pair,
+    cache_folder,
+    digest,
+    flipped,
+    other_label,
+    pair_unrelated,
+)
 from ..language_models import LanguageModel, TokenBatch, feed_forward
 
 # %% ../../nbs/replication/30_stand_ins.ipynb #980b9307
@@ -420,16 +427,6 @@ class Bench:
     known_facts: list[Fact] = field(default_factory=list)  # that the model was trained on, of the kind that is edited
     corpus: list[str] = field(default_factory=list)  # ordinary text for the model, for key statistics
     cases: list[Any] = field(default_factory=list)  # counterfactuals (notebook 32) whose facts are edited
-
-
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    "Where stand-ins are kept: `cache_dir`, else the environment's MALMEN_CACHE, else the user's cache."
-    return Path(cache_dir or os.environ.get("MALMEN_CACHE") or Path.home() / ".cache" / "malmen-repro")
-
-
-def digest(value: object) -> str:
-    "Twelve digits that tell one plain JSON value from another."
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
 
 # %% ../../nbs/replication/30_stand_ins.ipynb #287e20c2
 def tiny_bench(

@@ -19,17 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..evaluation import markdown_table
 from .bench_settings import MIXTURES
 from .counterfact import harmonic_mean
 from .experiments import METHODS
-from malmen_repro.replication.figures import (
-    case_points,
-    markdown_table,
-    mean_of,
-    residual_points,
-    scaling_points,
-    sequence_points,
-)
+from .figures import case_points, mean_of, residual_points, scaling_points, sequence_points
 from .records import committed_records, read_records
 
 # %% ../../nbs/replication/47_verdicts.ipynb #89765c7a

@@ -7,23 +7,22 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from malmen_repro.editors import EditorError
+from malmen_repro.consecutive import ConsecutiveRunError
 from malmen_repro.evaluation import answer_predictions, evaluate
 from malmen_repro.facts import Fact, NoFactsError
 from malmen_repro.methods.coachhook import (
     CoachHooK,
     CoachHooKConfig,
-    ConsecutiveRunError,
     HookedShift,
     HookedShiftError,
     hooked,
-    load_edit,
     row_scores,
     z_scores,
 )
 from malmen_repro.methods.key_statistics import KeyStatisticsMismatchError, key_statistics
 from malmen_repro.methods.memit import MEMIT, ROME, MEMITConfig, SubjectRows, at_subjects, memory_update
 from malmen_repro.methods.target_vectors import SubjectError, random_prefixes, subject_end, subject_tokens
+from malmen_repro.protocol import EditorError, load_edit
 from malmen_repro.weight_shifts import WeightShift, WeightShiftError, overlaid
 from tests.methods.test_memit import CONFIG, LOWER, TEXTS
 from tests.methods.test_target_vectors import DECODERS, QUICK

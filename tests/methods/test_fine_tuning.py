@@ -11,7 +11,6 @@ from tokenizers.normalizers import Replace
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, T5Config, T5ForConditionalGeneration
 
-from malmen_repro.editors import EditorError, NonFiniteShiftError
 from malmen_repro.evaluation import evaluate
 from malmen_repro.facts import ConflictingFactsError, NoFactsError
 from malmen_repro.language_models import (
@@ -24,7 +23,8 @@ from malmen_repro.language_models import (
     weight_view,
 )
 from malmen_repro.methods.fine_tuning import FineTuning, FineTuningConfig, ShiftAdamW, fine_tuned, fine_tuned_layers
-from malmen_repro.weight_shifts import WeightShift
+from malmen_repro.protocol import EditorError
+from malmen_repro.weight_shifts import NonFiniteShiftError, WeightShift
 from tests.toy import toy_classifier, toy_facts, toy_model, toy_tokenizer
 
 FFN = ["transformer.h.*.mlp.c_fc", "transformer.h.*.mlp.c_proj"]

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
 
-from malmen_repro.editors import EditorError, NonFiniteShiftError
 from malmen_repro.evaluation import evaluate
 from malmen_repro.facts import ConflictingFactsError, NoFactsError
 from malmen_repro.language_models import (
@@ -43,7 +42,8 @@ from malmen_repro.methods.fine_tuning_variants import (
     stepped_layer,
     swapped,
 )
-from malmen_repro.weight_shifts import WeightShift, overlaid
+from malmen_repro.protocol import EditorError
+from malmen_repro.weight_shifts import NonFiniteShiftError, WeightShift, overlaid
 from tests.toy import toy_classifier, toy_encoder_decoder, toy_facts, toy_model
 
 LAST = "prompt's last token"

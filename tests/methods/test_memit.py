@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from malmen_repro.editors import EditorError
 from malmen_repro.facts import ConflictingFactsError, NoFactsError
 from malmen_repro.language_models import LayerPatternError
 from malmen_repro.methods.key_statistics import KeyStatistics, KeyStatisticsMismatchError, key_statistics
@@ -24,6 +23,7 @@ from malmen_repro.methods.memit import (
 )
 from malmen_repro.methods.target_vectors import SubjectError, TargetConfig, Targets, random_prefixes
 from malmen_repro.normal_equation import SingularGramError
+from malmen_repro.protocol import EditorError
 from malmen_repro.weight_shifts import WeightShift
 from tests.methods.test_target_vectors import DECODERS, QUICK
 from tests.toy import toy_classifier, toy_corpus, toy_model

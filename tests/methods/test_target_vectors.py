@@ -7,7 +7,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from malmen_repro.editors import EditorError
 from malmen_repro.facts import Fact
 from malmen_repro.language_models import LanguageModel, LayerPatternError, feed_forward
 from malmen_repro.methods.target_vectors import (
@@ -23,6 +22,7 @@ from malmen_repro.methods.target_vectors import (
     subject_tokens,
     target_vectors,
 )
+from malmen_repro.protocol import EditorError
 from malmen_repro.weight_shifts import WeightShift
 from tests.toy import WORDS, toy_claims, toy_classifier, toy_encoder_decoder, toy_model, toy_tokenizer
 from tests.toy import toy_facts as facts

@@ -8,6 +8,7 @@ import transformers
 
 from malmen_repro.facts import LABELS, Fact, MalmenError
 from malmen_repro.language_models import FAMILIES as MODEL_FAMILIES
+from malmen_repro.language_models import ModelNotFoundError, check_model
 from malmen_repro.replication import benches, paper_models, small_stand_in, stand_ins
 from malmen_repro.replication.benches import (
     FAMILIES,
@@ -15,10 +16,8 @@ from malmen_repro.replication.benches import (
     TUNED,
     BenchError,
     MissingDataError,
-    ModelNotFoundError,
     UnknownTierError,
     bench_loader,
-    check_model,
     check_tier,
     how_to_get,
     load_language_model,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from malmen_repro.editors import EditorConfig, NonFiniteShiftError
-from malmen_repro.evaluation import MEASURES, Scores, evaluate
-from malmen_repro.facts import Fact
+from malmen_repro.editors import EditorConfig
+from malmen_repro.evaluation import MEASURES, Scores, evaluate, plain
+from malmen_repro.facts import Fact, sha256
 from malmen_repro.methods.coachhook import CoachHooKConfig
 from malmen_repro.methods.fine_tuning import FineTuningConfig, fine_tuned
 from malmen_repro.methods.key_statistics import EmptyCorpusError
@@ -60,21 +60,19 @@ from malmen_repro.replication.figures import (
     scaling_table,
     sequence_points,
 )
-from malmen_repro.replication.ready_editors import CRITICAL, PAPERS, READY, TINY, fitted, ready_editor, ready_settings
 from malmen_repro.replication.records import (
     RecordConflictError,
     RecordError,
     RecordWarning,
     fingerprints,
-    plain,
     read_record,
     read_records,
-    sha256,
     write_record,
 )
 from malmen_repro.replication.released_code import VARIANTS
+from malmen_repro.replication.tier_settings import CRITICAL, PAPERS, READY, TINY, fitted, ready_editor, ready_settings
 from malmen_repro.training import TrainingConfig
-from malmen_repro.weight_shifts import WeightShift
+from malmen_repro.weight_shifts import NonFiniteShiftError, WeightShift
 from tests.toy import knowing_bench, toy_classifier, toy_corpus, toy_encoder_decoder, toy_facts, toy_model
 
 TOY_METHODS = ("MALMEN", "MEND", "MALMEN untrained")

@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from malmen_repro.evaluation import markdown_table
 from malmen_repro.replication import figures
 from malmen_repro.replication.bench_settings import MIXED, MIXTURES
 from malmen_repro.replication.benches import TIERS
@@ -35,7 +36,6 @@ from malmen_repro.replication.figures import (
     failure_table,
     figure_title,
     in_order,
-    markdown_table,
     mean_at,
     mean_of,
     panels,

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import malmen_repro.replication.memory
-from malmen_repro.editors import MALMEN, MEND, EditorConfig, NonFiniteShiftError
+from malmen_repro.editors import MALMEN, MEND, EditorConfig
+from malmen_repro.facts import sha256
 from malmen_repro.normal_equation import SingularGramError
 from malmen_repro.replication.memory import (
     MEMORY_SETTINGS,
@@ -38,8 +39,9 @@ from malmen_repro.replication.memory import (
     resident_bytes,
     run_memory,
 )
-from malmen_repro.replication.records import RecordConflictError, RecordError, read_record, read_records, sha256
+from malmen_repro.replication.records import RecordConflictError, RecordError, read_record, read_records
 from malmen_repro.training import Block, Curriculum, TrainingConfig, cache_tokens, infer, meta_gradient
+from malmen_repro.weight_shifts import NonFiniteShiftError
 from tests.toy import toy_facts, toy_model
 
 TOY = MemorySetting(

@@ -12,7 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from malmen_repro.editors import MALMEN, MEND, EditorConfig
 from malmen_repro.facts import Fact, MalmenError
 from malmen_repro.keys_and_gradients import capture
-from malmen_repro.language_models import FAMILIES, LanguageModel, family_of, match_layers
+from malmen_repro.language_models import (
+    FAMILIES,
+    LanguageModel,
+    ModelNotFoundError,
+    check_model,
+    family_of,
+    match_layers,
+)
 from malmen_repro.methods.fine_tuning import fine_tuned_layers
 from malmen_repro.methods.key_statistics import key_statistics
 from malmen_repro.methods.memit import MEMIT, MEMITConfig, critical_layers, memit_layers
@@ -23,13 +30,11 @@ from malmen_repro.replication.paper_models import (
     PAPER_MODELS,
     SPECIAL_TOKENS,
     Item,
-    ModelNotFoundError,
     PaperModelError,
     Run,
     activation_memory,
     architecture,
     cached_tokens,
-    check_model,
     cost,
     cost_table,
     edited_layers,

@@ -27,7 +27,7 @@ from malmen_repro.replication.experiments import (
     run_cells,
 )
 from malmen_repro.replication.paper_models import PAPER_MODELS
-from malmen_repro.replication.ready_editors import READY, missing_for
+from malmen_repro.replication.tier_settings import READY, missing_for
 from malmen_repro.training import TrainingConfig
 
 TOYS = {  # as deep as their critical blocks ask for

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from malmen_repro.cli import OTHERS
-from malmen_repro.facts import Fact, MalmenError
+from malmen_repro.evaluation import plain
+from malmen_repro.facts import Fact, MalmenError, facts_hash, sha256
 from malmen_repro.replication import records
 from malmen_repro.replication.benches import TIERS
+from malmen_repro.replication.commands import OTHERS
 from malmen_repro.replication.experiments import EXPERIMENTS, METHODS, Cell, configuration, trained_for
 from malmen_repro.replication.records import (
     RecordConflictError,
@@ -23,19 +24,16 @@ from malmen_repro.replication.records import (
     committed_records,
     differences,
     existing_record,
-    facts_hash,
     fingerprints,
     git_state,
     hardware,
     model_size,
     peak_memory,
-    plain,
     processor,
     read_record,
     read_records,
     reset_peaks,
     resident_bytes,
-    sha256,
     versions,
     weights_hash,
     write_record,

@@ -6,11 +6,12 @@ from dataclasses import fields
 import pytest
 import torch
 
-from malmen_repro.editors import EDITORS, MALMEN, MEND, Editor, EditorConfig, EditorError, UntrainedEditorError
+from malmen_repro.editors import EDITORS, MALMEN, MEND, Editor, EditorConfig, UntrainedEditorError
 from malmen_repro.facts import ConflictingFactsError, NoFactsError
 from malmen_repro.hypernetwork import LowRankBlock, RunningMoments
 from malmen_repro.keys_and_gradients import KeysAndGradients
 from malmen_repro.normal_equation import aggregate
+from malmen_repro.protocol import EditorError
 from malmen_repro.replication.released_code import (
     VARIANTS,
     Epsilon,

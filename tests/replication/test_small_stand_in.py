@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from malmen_repro.facts import LABELS, Fact, FactError, FactFileError, check_facts, other_label
+from malmen_repro.facts import LABELS, Fact, FactError, FactFileError, check_facts, digest, other_label
 from malmen_repro.language_models import EncodedPair
 from malmen_repro.methods.target_vectors import SubjectError
 from malmen_repro.replication.paper_models import PAPER_MODELS
@@ -55,7 +55,6 @@ from malmen_repro.replication.small_stand_in import (
     what_it_should_know,
     wrapped,
 )
-from malmen_repro.replication.stand_ins import digest
 
 SIZES = dict(layers=1, width=32, heads=2, vocabulary=400, steps=12, learning_rate=2e-3, warmup=4)
 ROWS = dict(known=12, nq_rows=8, known_rows=8, corpus_rows=4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification, GPT2LMHeadModel, GPTJForCausalLM, T5ForConditionalGeneration
 
-from malmen_repro.facts import LABELS, MalmenError, check_facts
+from malmen_repro.facts import LABELS, MalmenError, check_facts, digest
 from malmen_repro.replication import stand_ins
 from malmen_repro.replication.stand_ins import (
     ARCHITECTURES,
@@ -17,7 +17,6 @@ from malmen_repro.replication.stand_ins import (
     TOWNS,
     StandInError,
     TinyConfig,
-    digest,
     invent_world,
     known_share,
     subject_mask,

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from malmen_repro.facts import NoFactsError
-from malmen_repro.language_models import UnknownLabelError
+from malmen_repro.language_models import ModelNotFoundError, UnknownLabelError
 from malmen_repro.replication import benches
 from malmen_repro.replication.benches import (
     TUNED,
     BenchError,
     MissingDataError,
-    ModelNotFoundError,
     TuningConfig,
     check_tier,
     fine_tune_classifier,

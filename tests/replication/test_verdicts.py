@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from malmen_repro.cli import OTHERS
 from malmen_repro.replication import verdicts
 from malmen_repro.replication.bench_settings import MIXED, MIXTURES
+from malmen_repro.replication.commands import OTHERS
 from malmen_repro.replication.experiments import EXPERIMENTS, METHODS
 from malmen_repro.replication.figures import scaling_points
 from malmen_repro.replication.records import RecordError, committed_records, read_record, write_record

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 
-from malmen_repro.editors import MALMEN, MEND, EditorConfig, EditorError
+from malmen_repro.consecutive import Consecutive, ConsecutiveRunError, RememberingMALMEN, consecutive
+from malmen_repro.editors import MALMEN, MEND, EditorConfig
 from malmen_repro.facts import NoFactsError
-from malmen_repro.methods.coachhook import CoachHooK, CoachHooKConfig, ConsecutiveRunError
-from malmen_repro.methods.consecutive import Consecutive, RememberingMALMEN, consecutive
+from malmen_repro.methods.coachhook import CoachHooK, CoachHooKConfig
 from malmen_repro.methods.fine_tuning import FineTuning, FineTuningConfig
 from malmen_repro.methods.key_statistics import key_statistics
 from malmen_repro.methods.memit import MEMIT
+from malmen_repro.protocol import EditorError
 from malmen_repro.training import cache_tokens
 from malmen_repro.weight_shifts import WeightShift
 from tests.methods.test_memit import CONFIG, LOWER, TEXTS
