@@ -886,7 +886,7 @@ def load_facts(
     strip_nq_prefix: bool = True,  # take "nq question:" off unrelated prompts
     on_bad_row: Literal["raise", "skip"] = "raise",  # "skip" leaves bad rows out, with one `FactWarning`
 ) -> list[Fact]:  # one fact a row, in the file's order
-    "The facts in a file or a data set (the data of Section 5). Raises `FactFileError`, `FactRowError` and `NoFactsError`."
+    "The facts of a file or a data set (Section 5). Raises `FactFileError`, `FactRowError` and `NoFactsError`."
     _check_options(answer=(answer, ("correct", "alternative")), on_bad_row=(on_bad_row, ("raise", "skip")))
     if limit is not None and limit < 1:
         raise FactError(f"limit must be at least 1, or None for the whole file; is {limit}")
