@@ -432,6 +432,24 @@ def test_failures_of_the_tiny_tier():
     assert lost_in_part(tiny).ours == "5 of 6 shown"
 
 
+# --- sizes that the pages name
+
+
+@pytest.mark.parametrize(
+    ("experiment", "tier", "millions"),
+    [
+        *((name, "tiny", 1) for name in ("cancellation", "memory", "mend_setting", "failures")),
+        *((f"ablations_{family}", "tiny", 1) for family in FAMILIES),
+        *((name, "small", 10) for name in ("cancellation", "ablations_decoder")),
+        *((name, "small", 11.5) for name in ("mend_setting", "failures")),
+    ],
+)
+def test_sizes_of_language_models(experiment, tier, millions):
+    for record in committed(experiment, tier):
+        found = record["model"]["parameters"] / 1e6
+        assert found < 1 if tier == "tiny" else round(found, 0 if millions == 10 else 1) == millions
+
+
 # --- where the records were made (the provenance in notebook 47)
 
 AMD, INTEL, H100 = "AMD EPYC", "Intel(R) Xeon(R) Processor", "NVIDIA H100 80GB HBM3"
