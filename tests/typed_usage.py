@@ -4,7 +4,17 @@ from pathlib import Path
 
 from typing_extensions import assert_type
 
-from malmen_repro import MALMEN, MEND, Fact, LanguageModel, TrainingConfig, WeightShift, evaluate, find_editor, load_edit
+from malmen_repro import (
+    MALMEN,
+    MEND,
+    Fact,
+    LanguageModel,
+    TrainingConfig,
+    WeightShift,
+    evaluate,
+    find_editor,
+    load_edit,
+)
 from malmen_repro.consecutive import ConsecutiveRun, RememberingMALMEN, consecutive
 from malmen_repro.editors import Editor
 from malmen_repro.evaluation import Scores
