@@ -115,7 +115,8 @@ def test_the_search_for_arrows_finds_them(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     (tmp_path / "malmen_repro" / "methods").mkdir(parents=True)
     path = tmp_path / "malmen_repro" / "methods" / "one.py"
-    lines = ("from ..replication import records", "def f():", "    from .memit import MEMIT", "    import malmen_repro.cli")
+    lines = ["from ..replication import records", "def f():"]
+    lines += ["    from .memit import MEMIT", "    import malmen_repro.cli"]
     path.write_text("\n".join(lines))
     found = set(imported(path))
     assert {"malmen_repro.replication.records", "malmen_repro.methods.memit", "malmen_repro.cli"} <= found

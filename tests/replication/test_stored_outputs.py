@@ -165,6 +165,7 @@ def looking_on(monkeypatch):
             monkeypatch.setattr(module, name, instead[name])
     monkeypatch.setattr(figures, "draw", has_picture)
     monkeypatch.setattr(plt, "show", lambda: None)
+    monkeypatch.chdir(ROOT / "nbs")
 
 
 def load(path):
