@@ -35,7 +35,8 @@ def reproduce(
     Raises `UnknownExperimentError`, `UsageError` for a method that none of them has, and as `run_cells`.
     """
     from malmen_repro.replication.benches import bench_loader, check_tier
-    from malmen_repro.replication.experiments import EXPERIMENTS, CellError, cells_of, run_cells
+    from malmen_repro.replication.plans import EXPERIMENTS, cells_of
+    from malmen_repro.replication.runner import CellError, run_cells
 
     if args.random_weights:
         args.tier = "shapes"
@@ -107,7 +108,7 @@ def experiments_called(
     name: str,  # of an experiment, or of a figure or table: "fig5", "table1"
 ) -> list[str]:  # names of experiments
     "The experiments behind a name. Raises `UnknownExperimentError` with near misses."
-    from malmen_repro.replication.experiments import EXPERIMENTS, find_experiment
+    from malmen_repro.replication.plans import EXPERIMENTS, find_experiment
 
     plain = lambda text: re.sub(r"[^a-z0-9]", "", text.lower()).replace("figure", "fig")  # noqa: E731
     figures = {key: experiment.figure for key, experiment in EXPERIMENTS.items()}
@@ -190,8 +191,8 @@ def show(
     figure: Path,  # to be written, without suffix
 ) -> None:
     "Print the table of some records beside the committed one, and draw them."
-    from malmen_repro.replication.experiments import EXPERIMENTS
     from malmen_repro.replication.figures import compare_tables, draw, table_of
+    from malmen_repro.replication.plans import EXPERIMENTS
     from malmen_repro.replication.records import committed_records, read_record, read_records
 
     records = [read_record(path) for path in paths if path.exists()]
@@ -213,8 +214,8 @@ def list_experiments(
     args: argparse.Namespace,  # out
 ) -> None:
     "Print every experiment, and how many of its cells have records at each tier."
-    from malmen_repro.replication.experiments import EXPERIMENTS, cells_of
     from malmen_repro.replication.figures import markdown_table
+    from malmen_repro.replication.plans import EXPERIMENTS, cells_of
     from malmen_repro.replication.records import committed_records
 
     committed = committed_records()
@@ -273,8 +274,9 @@ def train(
 
     from malmen_repro.editors import EditorConfig
     from malmen_repro.replication.benches import load_language_model
-    from malmen_repro.replication.experiments import METHODS, without_training
+    from malmen_repro.replication.plans import METHODS
     from malmen_repro.replication.records import facts_hash, sha256, weights_hash
+    from malmen_repro.replication.runner import without_training
     from malmen_repro.training import TrainingConfig
 
     if args.num_facts > len(facts):
@@ -426,7 +428,7 @@ def evaluate(
     from malmen_repro.evaluation import evaluate as score
     from malmen_repro.methods.coachhook import load_edit
     from malmen_repro.replication.benches import load_language_model
-    from malmen_repro.replication.experiments import scores_of
+    from malmen_repro.replication.runner import scores_of
 
     shift = load_edit(args.shift) if args.shift else None
     layers = list(shift.shifts) if shift else "*"
@@ -446,8 +448,8 @@ def score_table(
 ) -> str:  # markdown
     "Every measure in per cent, with its meaning."
     from malmen_repro.evaluation import MEASURES
-    from malmen_repro.replication.experiments import scores_of
     from malmen_repro.replication.figures import markdown_table
+    from malmen_repro.replication.runner import scores_of
 
     rows = []
     for name, part in scores_of(scores, [])["scores"].items():
@@ -514,7 +516,7 @@ examples:
   malmen-repro edit --model gpt2 --method CoachHooK --corpus wikipedia.txt --blocks 1 2 3 --facts tuesday.jsonl \\
       --state run --out shift.safetensors        both days' facts
 """
-TRAINED_METHODS = ("MALMEN", "MEND", "MALMEN untrained")  # of `experiments.METHODS`, made by `train`
+TRAINED_METHODS = ("MALMEN", "MEND", "MALMEN untrained")  # of `plans.METHODS`, made by `train`
 READY_METHODS = ("FT", "FT-W", "FT-L", "FT-M", "LoRA", "MEMIT", "ROME", "CoachHooK")  # those of `ready_editors.READY`
 EVALUATE_EXAMPLES = """
 examples:

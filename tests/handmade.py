@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from malmen_repro.replication.experiments import Cell
+from malmen_repro.replication.plans import Cell
 from malmen_repro.replication.records import sha256, write_record
 
 CONDITION = "infinite"  # as a record spells it

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 from .bench_settings import MIXTURES
 from .counterfact import harmonic_mean
-from .experiments import METHODS
 from malmen_repro.replication.figures import (
     case_points,
     markdown_table,
@@ -30,6 +29,7 @@ from malmen_repro.replication.figures import (
     scaling_points,
     sequence_points,
 )
+from .plans import METHODS
 from .records import committed_records, read_records
 
 # %% ../../nbs/replication/47_verdicts.ipynb #89765c7a

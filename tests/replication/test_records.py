@@ -15,7 +15,7 @@ from malmen_repro.cli import OTHERS
 from malmen_repro.facts import Fact, MalmenError
 from malmen_repro.replication import records
 from malmen_repro.replication.benches import TIERS
-from malmen_repro.replication.experiments import EXPERIMENTS, METHODS, Cell, configuration, trained_for
+from malmen_repro.replication.plans import EXPERIMENTS, METHODS, Cell, configuration, trained_for
 from malmen_repro.replication.records import (
     RecordConflictError,
     RecordError,
