@@ -365,8 +365,8 @@ def ready(
     "An editor that needs no training, with its paper's settings and what was asked for. Raises `UsageError`."
     from dataclasses import asdict
 
+    from malmen_repro.facts import text_lines
     from malmen_repro.replication.ready_editors import ready_editor, ready_settings
-    from malmen_repro.replication.small_stand_in import text_lines
     from malmen_repro.replication.stand_ins import Bench, cache_folder
 
     try:

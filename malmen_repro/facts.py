@@ -6,7 +6,8 @@
 __all__ = ['Pair', 'NQ_PREFIX', 'LABELS', 'ENTITY_QUESTION_TEMPLATES', 'HELD_OUT', 'TRAINING_TEMPLATES', 'HELD_OUT_TEMPLATES',
            'MalmenError', 'near_misses', 'FactError', 'FactFileError', 'FactRowError', 'NoFactsError',
            'ConflictingFactsError', 'TemplateError', 'FactWarning', 'Fact', 'other_label', 'load_facts', 'save_facts',
-           'flipped', 'check_facts', 'drop_conflicts', 'drop_repeats', 'pair_unrelated', 'add_rephrases', 'split_facts']
+           'text_lines', 'flipped', 'check_facts', 'drop_conflicts', 'drop_repeats', 'pair_unrelated', 'add_rephrases',
+           'split_facts']
 
 # %% ../nbs/01_facts.ipynb #d84b74b9
 import difflib
@@ -508,6 +509,17 @@ def save_facts(
         part.replace(path)  # all or nothing
     except OSError as error:
         raise FactFileError(f"cannot be written: {error.strerror or error}", path) from error
+
+# %% ../nbs/01_facts.ipynb #fe269873
+def text_lines(
+    path: Path,  # plain text, or xz by its name
+) -> list[str]:
+    "The lines that aren't blank, without white space at their ends. Raises `FactFileError`."
+    try:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+            return [line.strip() for line in file if line.strip()]
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise FactFileError(f"cannot be read ({error})", path) from error
 
 # %% ../nbs/01_facts.ipynb #a2a26e6a
 def flipped(

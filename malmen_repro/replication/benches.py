@@ -34,6 +34,7 @@ from malmen_repro.facts import (
     flipped,
     load_facts,
     pair_unrelated,
+    text_lines,
 )
 from ..language_models import EncodedPair, LanguageModel, feed_forward
 from malmen_repro.replication.paper_models import (
@@ -255,8 +256,6 @@ def corpus_texts(
     data_dir: str | Path,  # with corpus/, or without
 ) -> list[str]:
     "Ordinary text for key statistics: the lines of all text files in corpus/. Raises `FactFileError`."
-    from malmen_repro.replication.small_stand_in import text_lines
-
     found = []
     for path in sorted((Path(data_dir) / "corpus").glob("*.txt*")):
         try:

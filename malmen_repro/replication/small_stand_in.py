@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['END', 'PADDING', 'FRAMES', 'AnyConfig', 'ARCHITECTURES', 'SmallTierData', 'unambiguous', 'known_questions',
-           'some_questions', 'halves', 'small_tier_data', 'text_lines', 'corpus_sentences', 'byte_pair_tokenizer',
-           'SmallConfig', 'SmallGPTJConfig', 'SmallRecallConfig', 'SmallT5Config', 'SmallBertConfig',
-           'SmallSubjectsConfig', 'SmallBaseConfig', 'Source', 'Lessons', 'question_lessons', 'question_facts',
-           'question_extras', 'claim_lessons', 'claim_facts', 'subject_lessons', 'subject_facts', 'subject_extras',
-           'ShuffledRows', 'by_length', 'encoded_rows', 'sentence_rows', 'subject_spans', 'SmallCurriculum',
-           'Architecture', 'small_config', 'small_model', 'wrapped', 'half_pays', 'warm_cosine', 'rows_loss',
-           'SmallRun', 'what_it_should_know', 'knowledge', 'train_small_language_model', 'small_bench']
+           'some_questions', 'halves', 'small_tier_data', 'corpus_sentences', 'byte_pair_tokenizer', 'SmallConfig',
+           'SmallGPTJConfig', 'SmallRecallConfig', 'SmallT5Config', 'SmallBertConfig', 'SmallSubjectsConfig',
+           'SmallBaseConfig', 'Source', 'Lessons', 'question_lessons', 'question_facts', 'question_extras',
+           'claim_lessons', 'claim_facts', 'subject_lessons', 'subject_facts', 'subject_extras', 'ShuffledRows',
+           'by_length', 'encoded_rows', 'sentence_rows', 'subject_spans', 'SmallCurriculum', 'Architecture',
+           'small_config', 'small_model', 'wrapped', 'half_pays', 'warm_cosine', 'rows_loss', 'SmallRun',
+           'what_it_should_know', 'knowledge', 'train_small_language_model', 'small_bench']
 
 # %% ../../nbs/replication/34_small_stand_in.ipynb #4f7c61ff
 import json
-import lzma
 import math
 import os
 import random
@@ -53,12 +52,12 @@ from malmen_repro.facts import (
     TRAINING_TEMPLATES,
     Fact,
     FactError,
-    FactFileError,
     Pair,
     add_rephrases,
     flipped,
     load_facts,
     pair_unrelated,
+    text_lines,
 )
 from ..language_models import EncodedPair, LanguageModel, feed_forward
 from ..methods.target_vectors import subject_end, subject_tokens
@@ -168,17 +167,6 @@ def small_tier_data(
     )
 
 # %% ../../nbs/replication/34_small_stand_in.ipynb #c8378e8f
-def text_lines(
-    path: Path,  # plain text, or xz by its name
-) -> list[str]:
-    "The lines that aren't blank, without white space at their ends. Raises `FactFileError`."
-    try:
-        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-            return [line.strip() for line in file if line.strip()]
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise FactFileError(f"cannot be read ({error})", path) from error
-
-
 def corpus_sentences(
     data_dir: str | Path,  # the folder with corpus/
     seed: int = 0,  # of the draw
