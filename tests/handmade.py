@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from malmen_repro.facts import sha256
-from malmen_repro.replication.experiments import Cell
+from malmen_repro.replication.plans import Cell
 from malmen_repro.replication.records import write_record
 
 CONDITION = "infinite"  # as a record spells it

@@ -22,15 +22,15 @@ from malmen_repro.methods.coachhook import CoachHooK, HookedShift
 from malmen_repro.methods.fine_tuning import FineTuningConfig
 from malmen_repro.methods.memit import MEMIT, ROME
 from malmen_repro.protocol import load_edit
-from malmen_repro.replication import experiments, records, stand_ins
+from malmen_repro.replication import plans, records, runner, stand_ins
 from malmen_repro.replication.benches import load_language_model
-from malmen_repro.replication.experiments import EXPERIMENTS, EvaluationConfig
+from malmen_repro.replication.plans import EXPERIMENTS, EvaluationConfig
 from malmen_repro.replication.records import read_record, weights_hash
 from malmen_repro.replication.stand_ins import Bench
 from malmen_repro.replication.tier_settings import PAPERS, READY
 from malmen_repro.training import TrainingConfig
 from malmen_repro.weight_shifts import NonFiniteShiftError, WeightShift
-from tests.replication.test_experiments import READY_TOYS
+from tests.replication.test_plans import READY_TOYS
 from tests.toy import toy_corpus, toy_facts, toy_model
 
 COMMANDS = ("reproduce", "list", "train", "edit", "evaluate")
@@ -262,7 +262,7 @@ def test_rows_at_once_are_the_methods_own_unless_asked(corpus, monkeypatch, meth
 
 def test_the_methods_of_the_command_line_are_those_there_are():
     assert set(cli.READY_METHODS) == set(READY)
-    assert set(cli.TRAINED_METHODS) < set(experiments.METHODS)
+    assert set(cli.TRAINED_METHODS) < set(plans.METHODS)
 
 
 def test_rows_at_once_are_as_the_help_says(capsys):
@@ -291,7 +291,7 @@ def test_untrained_malmen_is_the_experiments(here, capsys):
     assert text.startswith("MALMEN untrained for 2 layers: ") and "no steps; η is " in text
     lm, facts = toy_model(), toy_facts(8)
     expected = MALMEN(lm, EditorConfig(rank=1, blocks=1))
-    rate = experiments.without_training(expected, facts, TrainingConfig(num_facts=4, lm_batch_size=32))
+    rate = runner.without_training(expected, facts, TrainingConfig(num_facts=4, lm_batch_size=32))
     assert f"η is {rate:.3g} for every layer" in text
     assert {path.name for path in Path("plain").iterdir()} == {"config.json", "editor.safetensors", "history.json"}
     assert call("edit --model model --editor plain --facts new.jsonl --out s --quiet") == 0
@@ -589,14 +589,14 @@ def toy_tier(monkeypatch, tmp_path):
     return seeds
 
 
-RUN_CELLS = experiments.run_cells
+RUN_CELLS = runner.run_cells
 
 
 def score(monkeypatch, scored_facts, settings):
     """From now on `reproduce` has toy settings and scores so many facts."""
     toy = partial(RUN_CELLS, settings=settings, evaluation=EvaluationConfig(scored_facts=scored_facts))
     toy.settings = settings
-    monkeypatch.setattr(experiments, "run_cells", toy)
+    monkeypatch.setattr(runner, "run_cells", toy)
 
 
 def test_reproduce_runs_prints_and_draws(toy_tier, capsys):
@@ -614,7 +614,7 @@ def test_reproduce_runs_prints_and_draws(toy_tier, capsys):
 
 
 def test_reproduce_all_by_default_and_in_the_default_folder(toy_tier, capsys, monkeypatch):
-    monkeypatch.setattr(experiments, "EXPERIMENTS", dict(list(EXPERIMENTS.items())[:2]))
+    monkeypatch.setattr(plans, "EXPERIMENTS", dict(list(EXPERIMENTS.items())[:2]))
     monkeypatch.setattr(cli, "OTHERS", {"procedures": cli.OTHERS["procedures"]})
     assert call("reproduce --seeds 1 --ms 2 --quiet") == 0
     timed = json.loads(Path("runs/tiny/reproduce.json").read_text())
@@ -622,13 +622,13 @@ def test_reproduce_all_by_default_and_in_the_default_folder(toy_tier, capsys, mo
     assert timed["cells"] == cells and timed["seconds"] > 0 and timed["tier"] == "tiny" and timed["num_facts"] == [2]
     text = capsys.readouterr().out
     assert "everything at the tiny tier" in text and "Verdicts of these records" in text and "| Fig. 4" in text
-    for name, experiment in experiments.EXPERIMENTS.items():
+    for name, experiment in plans.EXPERIMENTS.items():
         assert ("tiny" not in experiment.plans) or list(Path("runs/tiny", name).glob("*.json"))
     assert len(list(Path("runs/figures").glob("procedures-fig[123].svg"))) == 3
     # What goes on from records says nothing of the whole, and neither does a single experiment.
     Path("runs/tiny/reproduce.json").unlink()
     assert call("reproduce --seeds 1 --ms 2 --quiet") == 0
-    assert call(f"reproduce {next(iter(experiments.EXPERIMENTS))} --seeds 1 --ms 2 --quiet --out other") == 0
+    assert call(f"reproduce {next(iter(plans.EXPERIMENTS))} --seeds 1 --ms 2 --quiet --out other") == 0
     assert not list(Path().glob("*/tiny/reproduce.json"))
 
 
@@ -639,7 +639,7 @@ def test_reproduce_some_methods(toy_tier, capsys, monkeypatch):
     made = {path.name for path in Path("runs/tiny").glob("*/*.json")}
     assert made == {"world-mend-m2-s0.json", "world-malmen_untrained-m2-s0.json"}
     assert "there are no cells of a method 'MENT' here; did you mean MEND" in fails(capsys, f"{line} --methods MENT")
-    monkeypatch.setattr(experiments, "EXPERIMENTS", dict(list(EXPERIMENTS.items())[:2]))
+    monkeypatch.setattr(plans, "EXPERIMENTS", dict(list(EXPERIMENTS.items())[:2]))
     assert cli.main(["reproduce", "--seeds", "1", "--ms", "2", "--quiet", "--out", "all", "--methods", "MEND"]) == 0
     assert not Path("all/tiny/reproduce.json").exists()  # it is no run of everything
 
@@ -667,7 +667,7 @@ def test_reproduce_without_a_source_tree(toy_tier, capsys, monkeypatch):
 def test_reproduce_refuses_a_record_of_other_settings_and_fresh_overwrites_it(toy_tier, capsys, monkeypatch):
     line = "reproduce scaling_decoder --seeds 1 --ms 2 --quiet"
     assert call(line) == 0
-    score(monkeypatch, 2, experiments.run_cells.settings)
+    score(monkeypatch, 2, runner.run_cells.settings)
     assert "was made with other settings" in fails(capsys, line)
     assert call(f"{line} --fresh") == 0
     assert read_record("runs/tiny/scaling_decoder/world-mend-m2-s0.json")["blocks"] == [2]
@@ -688,14 +688,14 @@ def test_reproduce_tells_of_a_damaged_record(toy_tier, capsys):
 
 
 def test_reproduce_shows_what_is_done_when_a_cell_breaks_down(toy_tier, capsys, monkeypatch):
-    real = experiments.run_cell
+    real = runner.run_cell
 
     def breaking(cell, *args):
         if cell.method == "MEND":
             raise NonFiniteShiftError("the shift of layer h is not finite")
         return real(cell, *args)
 
-    monkeypatch.setattr(experiments, "run_cell", breaking)
+    monkeypatch.setattr(runner, "run_cell", breaking)
     assert call("reproduce scaling_decoder --seeds 1 --ms 2 --quiet") == 2
     both = capsys.readouterr()
     assert "1 of 5 cells broke down" in both.err and "| world | 2 | MALMEN " in both.out
@@ -757,7 +757,7 @@ def test_items_are_called_by_figure_or_table_too(asked, expected):
 def test_random_weights_are_a_tier_of_their_own(toy_tier, capsys, monkeypatch):
     monkeypatch.setattr(cli, "show", lambda *args: None)
     asked = []
-    monkeypatch.setattr(experiments, "run_cells", lambda cells, *args, **options: asked.extend(cells))
+    monkeypatch.setattr(runner, "run_cells", lambda cells, *args, **options: asked.extend(cells))
     assert call("reproduce fig5 --tier paper --random-weights --quiet") == 0
     assert {cell.tier for cell in asked} == {"shapes"}
     assert {cell.method for cell in asked} == {"MALMEN", "MEND", "FT", "MEMIT"}

@@ -1074,6 +1074,21 @@ def test_split_of_too_few():
         split_facts([Fact(f"{i}?", "x") for i in range(3)], (2, 2))
 
 
+# --- ordinary text ----------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_text(tmp_path):
+    plain, packed, cut = (tmp_path / name for name in ("a.txt", "a.txt.xz", "b.txt.xz"))
+    plain.write_text("  One line. \n\n\t\nÄnother.", encoding="utf-8")
+    packed.write_bytes(lzma.compress(plain.read_bytes()))
+    assert checked.text_lines(plain) == checked.text_lines(packed) == ["One line.", "Änother."]
+    cut.write_bytes(packed.read_bytes()[:-20])
+    (tmp_path / "latin.txt").write_bytes("Ä".encode("latin-1"))
+    for bad in (cut, tmp_path / "latin.txt", tmp_path / "missing.txt"):
+        with pytest.raises(FactFileError, match=bad.name):
+            checked.text_lines(bad)
+
+
 # --- real data, where a machine has it --------------------------------------------------------------------------------
 
 

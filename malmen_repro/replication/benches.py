@@ -76,7 +76,7 @@ FAMILIES: dict[str, Family] = {
     "encoder-decoder": Family("t5", "T5-XL", "question answering"),
     "gptj": Family("gptj", "GPT-J", "question answering"),
     "subjects": Family("gpt2-subjects", "GPT-2", "question answering"),  # a stand-in that recalls at the subject
-    "questions": Family("gpt2-recall", "GPT-2", "question answering"),  # the same, small tier only, notebook 34
+    "questions": Family("gpt2-recall", "GPT-2", "question answering"),  # the same, small tier only, notebook 35
     "base": Family("gpt2-base", "GPT-2", "question answering"),  # the same again, as deep and wide as GPT-2
 }
 
@@ -316,12 +316,12 @@ def _build_bench(
         return paper_bench(data_dir, family)
     if tier == "shapes":
         return shapes_bench(family)
-    from malmen_repro.replication import small_stand_in, stand_ins
+    from malmen_repro.replication import small_training, stand_ins
 
     architecture = FAMILIES[family].architecture
     if tier == "tiny":
         return stand_ins.tiny_bench(seed, cache_dir=cache_dir, progress=progress, architecture=architecture)
-    return small_stand_in.small_bench(data_dir, cache_dir, seed=seed, progress=progress, architecture=architecture)
+    return small_training.small_bench(data_dir, cache_dir, seed=seed, progress=progress, architecture=architecture)
 
 # %% ../../nbs/replication/38_benches.ipynb #38fda70b
 @dataclass(frozen=True)

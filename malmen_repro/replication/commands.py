@@ -26,7 +26,8 @@ def reproduce(
     Raises `UnknownExperimentError`, `UsageError` for a method that none of them has, and as `run_cells`.
     """
     from malmen_repro.replication.benches import bench_loader, check_tier
-    from malmen_repro.replication.experiments import EXPERIMENTS, CellError, cells_of, run_cells
+    from malmen_repro.replication.plans import EXPERIMENTS, cells_of
+    from malmen_repro.replication.runner import CellError, run_cells
 
     if args.random_weights:
         args.tier = "shapes"
@@ -98,7 +99,7 @@ def experiments_called(
     name: str,  # of an experiment, or of a figure or table: "fig5", "table1"
 ) -> list[str]:  # names of experiments
     "The experiments behind a name. Raises `UnknownExperimentError` with near misses."
-    from malmen_repro.replication.experiments import EXPERIMENTS, find_experiment
+    from malmen_repro.replication.plans import EXPERIMENTS, find_experiment
 
     plain = lambda text: re.sub(r"[^a-z0-9]", "", text.lower()).replace("figure", "fig")  # noqa: E731
     figures = {key: experiment.figure for key, experiment in EXPERIMENTS.items()}
@@ -181,8 +182,8 @@ def show(
     figure: Path,  # to be written, without suffix
 ) -> None:
     "Print the table of some records beside the committed one, and draw them."
-    from malmen_repro.replication.experiments import EXPERIMENTS
     from malmen_repro.replication.figures import compare_tables, draw, table_of
+    from malmen_repro.replication.plans import EXPERIMENTS
     from malmen_repro.replication.records import committed_records, read_record, read_records
 
     records = [read_record(path) for path in paths if path.exists()]
@@ -205,7 +206,7 @@ def list_experiments(
 ) -> None:
     "Print every experiment, and how many of its cells have records at each tier."
     from malmen_repro.evaluation import markdown_table
-    from malmen_repro.replication.experiments import EXPERIMENTS, cells_of
+    from malmen_repro.replication.plans import EXPERIMENTS, cells_of
     from malmen_repro.replication.records import committed_records
 
     committed = committed_records()

@@ -21,8 +21,8 @@ from typing import Any
 
 from ..evaluation import markdown_table
 from .bench_settings import MIXTURES
-from .experiments import EXPERIMENTS, METHODS
 from .extra_measures import pooled_means
+from .plans import EXPERIMENTS, METHODS
 from .records import RecordError, committed_records, read_records
 
 # %% ../../nbs/replication/46_figures.ipynb #919b9b40

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..evaluation import markdown_table
-from .experiments import training_settings
 from .paper_models import HYPER_PARAMETERS, PAPER_MODELS
+from .plans import training_settings
 
 Key = tuple[str, str]  # the class of a configuration, and a field of it
 MS = sorted({m for model in PAPER_MODELS.values() for m in model.num_facts})

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from ..evaluation import markdown_table
 from .bench_settings import MIXTURES
 from .counterfact import harmonic_mean
-from .experiments import METHODS
 from .figures import case_points, mean_of, residual_points, scaling_points, sequence_points
+from .plans import METHODS
 from .records import committed_records, read_records
 
 # %% ../../nbs/replication/47_verdicts.ipynb #89765c7a

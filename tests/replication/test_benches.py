@@ -9,7 +9,7 @@ import transformers
 from malmen_repro.facts import LABELS, Fact, MalmenError
 from malmen_repro.language_models import FAMILIES as MODEL_FAMILIES
 from malmen_repro.language_models import ModelNotFoundError, check_model
-from malmen_repro.replication import benches, paper_models, small_stand_in, stand_ins
+from malmen_repro.replication import benches, paper_models, small_training, stand_ins
 from malmen_repro.replication.benches import (
     FAMILIES,
     TIERS,
@@ -424,7 +424,7 @@ def built(monkeypatch, tmp_path):
         return toy_bench()
 
     monkeypatch.setattr(stand_ins, "tiny_bench", tiny_bench)
-    monkeypatch.setattr(small_stand_in, "small_bench", small_bench)
+    monkeypatch.setattr(small_training, "small_bench", small_bench)
     monkeypatch.setattr(benches, "shapes_bench", lambda family: calls.append(("shapes", family)) or toy_bench())
     monkeypatch.setattr(
         benches, "paper_bench", lambda data_dir, family: calls.append(("paper", family)) or toy_bench()

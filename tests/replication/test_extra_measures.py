@@ -11,7 +11,6 @@ from malmen_repro.keys_and_gradients import KeysAndGradients
 from malmen_repro.methods.coachhook import HookedShift
 from malmen_repro.replication import extra_measures
 from malmen_repro.replication.counterfact import Counterfactual, counterfact_scores
-from malmen_repro.replication.experiments import METHODS
 from malmen_repro.replication.extra_measures import (
     EXTRAS,
     FAILURES,
@@ -24,6 +23,7 @@ from malmen_repro.replication.extra_measures import (
     residual_means,
     sequence_success,
 )
+from malmen_repro.replication.plans import METHODS
 from malmen_repro.replication.stand_ins import Bench
 from malmen_repro.training import cache_tokens
 from malmen_repro.weight_shifts import WeightShift

@@ -17,7 +17,6 @@ from malmen_repro.evaluation import markdown_table
 from malmen_repro.replication import figures
 from malmen_repro.replication.bench_settings import MIXED, MIXTURES
 from malmen_repro.replication.benches import TIERS
-from malmen_repro.replication.experiments import EXPERIMENTS, METHODS
 from malmen_repro.replication.figures import (
     MARKERS,
     OWN_WAY,
@@ -53,6 +52,7 @@ from malmen_repro.replication.figures import (
     variants_table,
 )
 from malmen_repro.replication.memory import draw_memory
+from malmen_repro.replication.plans import EXPERIMENTS, METHODS
 from malmen_repro.replication.procedures import draw_architectures, draw_concatenated, draw_split
 from malmen_repro.replication.records import RecordError, committed_records, read_records
 from tests.handmade import (
@@ -401,7 +401,7 @@ def test_failure_table_without_failures():
 
 
 def test_every_method_of_a_picture_has_a_colour_and_a_marker_of_its_own():
-    from malmen_repro.replication.experiments import ALL_METHODS, MAIN_METHODS
+    from malmen_repro.replication.plans import ALL_METHODS, MAIN_METHODS
 
     for looks in (PALETTE, MARKERS):
         assert {*MAIN_METHODS, *ALL_METHODS} <= looks.keys() and len(set(looks.values())) == len(looks)

@@ -14,19 +14,11 @@ from malmen_repro.facts import LABELS, FactFileError, load_facts
 from malmen_repro.methods.fine_tuning import FineTuningConfig
 from malmen_repro.methods.memit import MEMITConfig
 from malmen_repro.methods.target_vectors import TargetConfig
-from malmen_repro.replication import benches, paper_models, stand_ins
-from malmen_repro.replication import experiments as experiments_module
+from malmen_repro.replication import benches, paper_models, runner, stand_ins
 from malmen_repro.replication.benches import TUNED, bench_loader, corpus_texts, paper_bench, paper_facts, with_subjects
-from malmen_repro.replication.experiments import (
-    EXPERIMENTS,
-    METHODS,
-    EvaluationConfig,
-    ExperimentError,
-    LeftOutWarning,
-    cells_of,
-    run_cells,
-)
 from malmen_repro.replication.paper_models import PAPER_MODELS
+from malmen_repro.replication.plans import EXPERIMENTS, METHODS, EvaluationConfig, ExperimentError, cells_of
+from malmen_repro.replication.runner import LeftOutWarning, run_cells
 from malmen_repro.replication.tier_settings import READY, missing_for
 from malmen_repro.training import TrainingConfig
 
@@ -134,7 +126,7 @@ def shapes(monkeypatch):
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_planned_method_of_the_shapes_runs_prints_and_draws(name, shapes, tmp_path, monkeypatch, capsys):
     small = partial(run_cells, settings=toy_settings, evaluation=EvaluationConfig(2, 8))
-    monkeypatch.setattr(experiments_module, "run_cells", small)
+    monkeypatch.setattr(runner, "run_cells", small)
     plan = EXPERIMENTS[name].plans["shapes"]
     assert cli.main(["reproduce", name, *f"--random-weights --ms 3 --quiet --out {tmp_path}".split()]) == 0
     made = sorted(path.name for path in (tmp_path / "shapes" / name).glob("*.json"))
@@ -172,9 +164,9 @@ def test_what_cannot_run_is_named_first_and_left_out(published, tmp_path, lackin
             (published / name).rename(published / f"no-{name}")
     cells, out = cells_of("scaling_decoder", "paper", seeds=1, num_facts=[2, 3]), tmp_path / "out"
     bench_for = bench_loader(published, tmp_path / "cache", progress=False)
-    order, run_cell = [], experiments_module.run_cell
-    monkeypatch.setattr(experiments_module, "run_cell", lambda *args: order.append("work") or run_cell(*args))
-    monkeypatch.setattr(experiments_module.warnings, "warn", lambda text, *args, **options: order.append(text))
+    order, run_cell = [], runner.run_cell
+    monkeypatch.setattr(runner, "run_cell", lambda *args: order.append("work") or run_cell(*args))
+    monkeypatch.setattr(runner.warnings, "warn", lambda text, *args, **options: order.append(text))
     records = run(cells, out, bench_for)
     said = f"scaling_decoder: MEMIT is left out, as {reason}; see data_scripts/README.md. The other methods go on"
     assert order == [said, *["work"] * 8]

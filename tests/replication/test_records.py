@@ -16,7 +16,7 @@ from malmen_repro.facts import Fact, MalmenError, facts_hash, sha256
 from malmen_repro.replication import records
 from malmen_repro.replication.benches import TIERS
 from malmen_repro.replication.commands import OTHERS
-from malmen_repro.replication.experiments import EXPERIMENTS, METHODS, Cell, configuration, trained_for
+from malmen_repro.replication.plans import EXPERIMENTS, METHODS, Cell, configuration, trained_for
 from malmen_repro.replication.records import (
     RecordConflictError,
     RecordError,

@@ -8,8 +8,8 @@ import pytest
 from malmen_repro.replication import verdicts
 from malmen_repro.replication.bench_settings import MIXED, MIXTURES
 from malmen_repro.replication.commands import OTHERS
-from malmen_repro.replication.experiments import EXPERIMENTS, METHODS
 from malmen_repro.replication.figures import scaling_points
+from malmen_repro.replication.plans import EXPERIMENTS, METHODS
 from malmen_repro.replication.records import RecordError, committed_records, read_record, write_record
 from malmen_repro.replication.verdicts import (
     BELOW_PAPER,
