@@ -11,14 +11,21 @@ __all__ = ['UNTRAINED', 'MAIN_EXAMPLES', 'TRAIN_EXAMPLES', 'EDIT_EXAMPLES', 'EVA
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .facts import Fact, MalmenError, check_facts, load_facts, pair_unrelated
+
+if TYPE_CHECKING:
+    from malmen_repro.consecutive import ConsecutiveRun
+    from malmen_repro.editors import Editor
+    from malmen_repro.language_models import LanguageModel
+    from malmen_repro.protocol import AnyEditor
 
 # %% ../nbs/14_command_line.ipynb #c208a0cf
 class UsageError(MalmenError, ValueError):
@@ -70,7 +77,9 @@ def train(
     print(f"{story}\nEditor: {args.out}")
 
 
-def _trained(args: argparse.Namespace, lm: Any, facts: list[Fact], checkpoint: Path) -> tuple[Any, list[dict], str]:
+def _trained(
+    args: argparse.Namespace, lm: "LanguageModel", facts: list[Fact], checkpoint: Path
+) -> tuple["Editor", list[dict], str]:
     "The editor, a record a step, and both in words."
     from malmen_repro.editors import MALMEN, EditorConfig
     from malmen_repro.protocol import find_editor
@@ -132,9 +141,9 @@ def edit(
 
 # %% ../nbs/14_command_line.ipynb #6ae7817b
 def continued(
-    editor: Any,  # of any method; MALMEN's later edits keep earlier keys in place
+    editor: "AnyEditor",  # MALMEN's later edits keep earlier keys in place
     folder: Path,  # of the run
-) -> Any:  # a `malmen_repro.consecutive.ConsecutiveRun`
+) -> "ConsecutiveRun":
     "The editor as one that goes on from the state in a folder, if there is one. Raises as `read_state`."
     from malmen_repro.consecutive import STATE, RememberingMALMEN, consecutive
     from malmen_repro.editors import MALMEN
@@ -147,8 +156,8 @@ def continued(
 
 def ready(
     args: argparse.Namespace,  # method, corpus, blocks, settings, quiet
-    lm: Any,  # the language model
-) -> Any:  # an editor
+    lm: "LanguageModel",
+) -> "AnyEditor":
     "An editor that needs no training, with its paper's settings and what was asked for. Raises `UsageError`."
     from dataclasses import asdict
 
@@ -314,13 +323,14 @@ def ready_method(
 
 def _method(name: str, trained: bool, otherwise: str) -> str:
     "The name of an installed editor that is trained first, or is not."
-    from malmen_repro.protocol import UnknownEditorError, find_editor
+    from malmen_repro.protocol import UnknownEditorError, editor_names, find_editor
 
+    plain = re.split("[ ,]", name)[0]  # "MALMEN, accumulated" is a MALMEN
     try:
-        fits = find_editor(name).needs.training == trained
+        kind = find_editor(plain if plain in editor_names() else name)
     except UnknownEditorError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    if not fits:
+    if kind.needs.training != trained or plain != name:
         raise argparse.ArgumentTypeError(f"{name} {otherwise}")
     return name
 

@@ -24,6 +24,7 @@ from ..keys_and_gradients import KeysAndGradients
 from ..language_models import LanguageModel
 from ..methods.coachhook import HookedShift, row_scores
 from ..normal_equation import residuals
+from ..protocol import AnyEditor
 from malmen_repro.replication.counterfact import (
     Counterfactual,
     counterfact_scores,
@@ -183,7 +184,7 @@ KEPT = 100  # rows whose largest z-score a record keeps
 
 
 def hook_use(
-    editor: Any,
+    editor: AnyEditor,
     block: Sequence[Fact],  # edited, at once or batch after batch
     edit: Edit,
     batch_size: int,

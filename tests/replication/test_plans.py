@@ -12,6 +12,7 @@ from malmen_repro.facts import sha256
 from malmen_repro.methods.coachhook import CoachHooKConfig
 from malmen_repro.methods.memit import MEMITConfig
 from malmen_repro.methods.target_vectors import TargetConfig
+from malmen_repro.protocol import find_editor
 from malmen_repro.replication import benches
 from malmen_repro.replication.bench_settings import BENCH_SETTINGS
 from malmen_repro.replication.benches import TIERS
@@ -208,7 +209,7 @@ def test_methods_are_well_formed():
     assert len({slug(name) for name in METHODS}) == len(METHODS) and set(MAIN_METHODS) <= set(METHODS)
     editors, trainings = ({one.name for one in fields(kind)} for kind in (EditorConfig, TrainingConfig))
     for name, method in METHODS.items():
-        known = {one.name for one in fields(READY[method.ready].config)} if method.ready else editors
+        known = {one.name for one in fields(find_editor(method.ready).paper_config)} if method.ready else editors
         assert set(method.changes) <= known - {"seed"} and set(method.training) <= trainings - {"seed", "num_facts"}
         assert not (method.ready and method.trained), name
         assert method.layers in ("first", "second", "both") and callable(method.editor), name
@@ -245,14 +246,14 @@ def test_ready_settings_of_every_tier_survive_a_record(tier, method):
     for family in ("decoder", "gptj", "subjects"):
         config = fitted(ready_settings(tier, method), 3, tier, family)
         values = json.loads(json.dumps(asdict(config)))
-        assert READY[method].config(**values) == config
+        assert type(find_editor(method).paper_config)(**values) == config
         memit = getattr(config, "memit", config)
         if isinstance(memit, MEMITConfig):
             assert memit.blocks == CRITICAL.get((tier, family), (0,)) and memit.target.seed == 3
         else:
             assert config.seed == 3
     assert set(TINY) == set(PAPERS) == set(READY)
-    assert all(METHODS[name].editor is ready.editor for name, ready in READY.items())
+    assert all(METHODS[name].editor is find_editor(name) for name in READY)
 
 
 def test_an_experiment_of_batches_says_so_in_its_plan():

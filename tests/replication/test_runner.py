@@ -14,6 +14,7 @@ from malmen_repro.facts import Fact, sha256
 from malmen_repro.methods.fine_tuning import FineTuningConfig, fine_tuned
 from malmen_repro.methods.key_statistics import EmptyCorpusError
 from malmen_repro.normal_equation import SingularGramError
+from malmen_repro.protocol import find_editor
 from malmen_repro.replication import runner
 from malmen_repro.replication.extra_measures import EXTRAS
 from malmen_repro.replication.figures import (
@@ -462,7 +463,7 @@ def test_methods_of_one_training_share_an_editor(order, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", [name for name in READY if name != "FT"])
 def test_ready_editors_leave_a_record_of_their_settings(method, tmp_path):
     (record,) = run_method(method, tmp_path)
-    config = READY[method].config(**record["configuration"]["editor"])
+    config = type(find_editor(method).paper_config)(**record["configuration"]["editor"])
     assert config == fitted(READY_TOYS[method], 0, "tiny", "decoder") and record["configuration"]["training"] == {}
     assert record["learned"] == {} and record["history"] == [] and record["blocks"] == [3]
     needs_corpus = method in ("MEMIT", "ROME", "CoachHooK")
