@@ -21,12 +21,13 @@ import matplotlib.pyplot as plt
 import pytest
 from IPython.display import Image, Markdown
 
-from malmen_repro.replication import figures, paper_models
+from malmen_repro.replication import costs, figures, paper_models, provenance
 from malmen_repro.replication.records import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("**/*.ipynb"))
 READERS = {"committed_records", "committed_figure", "read_records", "verdict", "verdict_table", "verdict_grid"}
+READERS |= {name for module in (costs, provenance) for name in module.__all__}  # they read records, or count for them
 EXPORTED = re.compile(r"^#\|\s*(export|default_exp)", re.MULTILINE)  # the module has it
 NOT_RUN = re.compile(r"^#\|\s*(slow|gpu|notest|eval:\s*false)", re.MULTILINE)
 
