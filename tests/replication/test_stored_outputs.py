@@ -21,12 +21,13 @@ import matplotlib.pyplot as plt
 import pytest
 from IPython.display import Image, Markdown
 
-from malmen_repro.replication import figures, paper_models
+from malmen_repro.replication import costs, figures, paper_models, provenance
 from malmen_repro.replication.records import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("**/*.ipynb"))
 READERS = {"committed_records", "committed_figure", "read_records", "verdict", "verdict_table", "verdict_grid"}
+READERS |= {name for module in (costs, provenance) for name in module.__all__}  # they read records, or count for them
 EXPORTED = re.compile(r"^#\|\s*(export|default_exp)", re.MULTILINE)  # the module has it
 NOT_RUN = re.compile(r"^#\|\s*(slow|gpu|notest|eval:\s*false)", re.MULTILINE)
 
@@ -211,9 +212,9 @@ def test_a_stale_output_is_found_and_a_fresh_one_is_not(looking_on):
 def test_only_what_is_needed_runs(looking_on):
     costly = "raise AssertionError('not needed')"
     found = "rows = []\nother = 1 / 0\nfor letter in committed_records().name:\n    rows.append(letter)"
-    last = "def text(rows):\n    return ''.join(rows)\n\n\nMarkdown(text(rows))"
+    last = "def text(rows):\n    return 'from ' + ''.join(rows)\n\n\nMarkdown(text(rows))"
     cells = (HEAD, costly, f"#| slow\n{costly}", f"#| export\n{costly}", found, last)
-    assert stale(written(*cells, texts=["records"])) == []
+    assert stale(written(*cells, texts=["from records"])) == []
 
 
 def test_no_table_of_records_is_passed_over():
