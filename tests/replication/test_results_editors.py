@@ -460,6 +460,7 @@ def test_what_hangs_by_a_thread(found):
     near = (16, "MALMEN (plain eta)", "GS"), (64, "MALMEN (plain eta)", "GS"), (16, "MALMEN (no tuned start)", "LS")
     for key in near:
         assert 1.9 < abs(statistics.fmean(found[key])) < 2.2 and max(found[key]) < 0
+    assert [f"{statistics.fmean(found[key]):.2f}" for key in near] == ["-2.16", "-2.16", "-1.96"]
 
 
 def test_what_one_seed_does(found):
