@@ -466,3 +466,41 @@ def test_what_hangs_by_a_thread(found):
 def test_what_one_seed_does(found):
     tenfold = {m: sorted(found[m, "MALMEN (plain eta tenfold)", "LS"]) for m in (16, 64)}
     assert tenfold[16][0] < -90 < -11 < tenfold[16][2] and tenfold[64][0] < -25 < -2 < tenfold[64][1]
+
+
+# --- notebook 47: where these numbers come from
+
+TINY = ("editors", "consecutive", "counterfact", "mixed_relations", "memit_ablations", "hundred_batches",
+        "coachhook_ablations", "coachhook_batch_sizes", "released_code")  # fmt: skip
+SMALL = ("editors_zsre", "counterfact", "mixed_relations", "memit_ablations", "hundred_batches")
+
+
+@pytest.mark.parametrize(("tier", "name"), [*(("tiny", name) for name in TINY), *(("small", name) for name in SMALL)])
+def test_seeds(tier, name):
+    seeds = {record["configuration"]["cell"]["seed"] for record in records(name, tier)}
+    assert seeds == ({0, 1, 2} if tier == "tiny" else {0})
+
+
+@pytest.mark.parametrize(("name", "tier", "sizes"), [
+    ("editors_zsre", "small", {64}), ("consecutive", "tiny", {16}),
+    ("counterfact", "tiny", {32, 100}), ("counterfact", "small", {256}), ("editors", "tiny", {16, 30, 64, 256}),
+])  # fmt: skip
+def test_how_many_facts_the_trained_editors_were_trained_for(name, tier, sizes):
+    cells = [record["configuration"]["cell"] for record in records(name, tier)]
+    trained = [cell for cell in cells if cell["method"] in ("MALMEN", "MEND")]
+    assert {cell["train_num_facts"] for cell in trained} == sizes
+    assert name != "editors" or all(cell["train_num_facts"] == cell["num_facts"] for cell in trained)
+
+
+def test_what_the_small_stand_ins_hold():
+    questions = records("editors_zsre", "small")[0]["bench"]["sizes"]
+    assert questions["train_facts"] + questions["zsre_train"] == 21_000 and questions["zsre_eval"] == 1037
+    sizes = records("counterfact", "small")[0]["bench"]["sizes"]
+    assert (sizes["cases"], sizes["train"]) == (804, 1997)
+
+
+def test_the_numbers_of_facts_of_memits_fig_5():
+    rounded = {round(10_000 ** (i / 16)) for i in range(17)}
+    assert {*num_facts("counterfact", "small")} - rounded == {804} and {*num_facts("counterfact", "tiny")} <= rounded
+    ends = [r["configuration"]["cell"] for r in records("counterfact", "small")]
+    assert max(cell["num_facts"] for cell in ends if cell["method"] == "ROME") == 316
