@@ -302,6 +302,11 @@ def test_four_pairs_of_relations():
             (curve["MEMIT"][m] < curve[other][m]) == behind
             for other in ("MALMEN", "MALMEN untrained") for m in curve["MEMIT"]
         )
+    gaps = []
+    for first, second, both in list(MIXTURES.values())[1:]:
+        alone, other, mixed = (case_curves(pairs, "S", name)["MEMIT"] for name in (first, second, both))
+        gaps += [mixed[m] - (alone[m] + other[m]) / 2 for m in mixed]
+    assert [f"{end(gaps):.2f}" for end in (min, max)] == ["-0.06", "0.12"]
     asked = {sum(block["cases"] for block in r["extra"]["counterfact"]) for r in pairs}
     assert min(asked) == 14 and max(asked) == 42 and 0.5 / 14**0.5 < 0.135 and 0.5 / 42**0.5 < 0.08
 
