@@ -18,7 +18,6 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import training
 from .facts import Fact, Pair, check_facts
@@ -26,6 +25,7 @@ from .hypernetwork import HyperNetwork
 from .keys_and_gradients import KeysAndGradients, capture
 from .language_models import EncodedPair, LanguageModel, fingerprint, same_model
 from .normal_equation import Factor, StreamingNormalEquation, factorize
+from .progress import progress_bar
 from .protocol import EditorError, Needs
 from .weight_shifts import Edit, WeightShift, check_finite
 
@@ -110,7 +110,8 @@ class FactReader:
         progress: bool = False,  # show a bar
     ) -> Iterator[dict[str, KeysAndGradients]]:  # one dictionary, layer -> tokens, a batch
         "Algorithm 1, lines 1 and 2: keys and value gradients, batch by batch."
-        with tqdm(total=len(pairs), desc=f"{self.method} reads facts", disable=not progress, leave=False) as bar:
+        desc = f"{self.method} reads facts"
+        with progress_bar(total=len(pairs), desc=desc, disable=not progress, leave=False) as bar:
             for batch in self.lm.batches(pairs, batch_size):
                 yield capture(self.lm, batch, self.config.tokens)
                 bar.update(len(batch.answer_mask))

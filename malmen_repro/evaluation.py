@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import bootstrap
-from tqdm.auto import tqdm
 
 from .facts import Fact, Pair, check_facts
 from .language_models import LanguageModel
+from .progress import progress_bar
 from .weight_shifts import Edit
 
 # %% ../nbs/12_evaluation.ipynb #b51b8869
@@ -32,7 +32,7 @@ def answer_predictions(
     "Teacher-forced: the most probable token at each answer position, the answer's own tokens being read so far."
     predicted: list[list[int]] = [[] for _ in pairs]
     wanted: list[list[int]] = [[] for _ in pairs]
-    with tqdm(total=len(pairs), desc=progress, disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(pairs), desc=progress, disable=not progress, leave=False) as bar:
         for batch in lm.batches(pairs, batch_size):
             guesses = lm.answer_logits(batch).argmax(-1)
             for row, guess, label in zip(*(t.tolist() for t in (batch.rows, guesses, batch.labels)), strict=True):

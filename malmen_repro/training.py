@@ -22,12 +22,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from .facts import Fact, MalmenError, Pair, check_facts
 from .keys_and_gradients import KeysAndGradients, at_least_float32, fine_tuning_loss
 from .language_models import EncodedPair, LanguageModel
 from .normal_equation import Factor
+from .progress import progress_bar
 from .weight_shifts import check_finite, overlaid
 
 # %% ../nbs/11_training.ipynb #e5281456
@@ -452,7 +452,7 @@ def train(
         history = resume(editor, optimizer, Path(checkpoint), config)
     if config.tuned_start and not history:
         _tune(editor, curriculum.whole_block(), config)
-    steps = tqdm(
+    steps = progress_bar(
         range(len(history), config.steps),
         desc=f"train {editor.method} at m={config.num_facts}",
         disable=not progress,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from malmen_repro import cli
+from malmen_repro import cli, progress
 from malmen_repro.consecutive import RememberingMALMEN, consecutive
 from malmen_repro.editors import MALMEN, Editor, EditorConfig
 from malmen_repro.evaluation import MEASURES, evaluate
@@ -230,7 +230,8 @@ def test_a_corpus_may_be_packed(corpus, capsys):
 
 
 @pytest.mark.parametrize("method", ["MEMIT", "CoachHooK"])
-def test_edits_show_progress_unless_quiet(corpus, capsys, method):
+def test_edits_show_progress_unless_quiet(corpus, capsys, method, monkeypatch):
+    monkeypatch.setattr(progress, "in_notebook", lambda: True)  # where somebody looks on
     assert call(f"{edit_line(method)} --out s") == 0
     error = capsys.readouterr().err
     assert all(bar in error for bar in ("keys of a corpus", "target vectors", "spread"))

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..evaluation import answer_predictions
 from ..facts import Fact, MalmenError, NoFactsError
@@ -30,6 +29,7 @@ from ..keys_and_gradients import at_least_float32
 from ..language_models import LanguageModel, TokenBatch, feed_forward, match_layers
 from .key_statistics import until_seen
 from .target_vectors import block_of, subject_end, subject_tokens
+from ..progress import progress_bar
 
 # %% ../../nbs/methods/25_causal_tracing.ipynb #7e6be6d5
 class TracingError(MalmenError, ValueError):
@@ -277,7 +277,7 @@ class _Sample:
 
     def cases(self, progress: bool) -> Iterator[TracedFact]:
         "One fact at a time, for what is noted of each takes memory."
-        for fact in tqdm(self.facts, desc="causal tracing", unit="fact", disable=not progress, leave=False):
+        for fact in progress_bar(self.facts, desc="causal tracing", unit="fact", disable=not progress, leave=False):
             yield TracedFact(self.lm, fact, self.deviation, **self.options)
 
 # %% ../../nbs/methods/25_causal_tracing.ipynb #7bb5b864

@@ -15,12 +15,13 @@ from typing import ClassVar
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..facts import Fact, check_facts
 from ..keys_and_gradients import fine_tuning_loss
 from ..language_models import EncodedPair, LanguageModel, feed_forward, match_layers, weight_view
+from ..progress import progress_bar
 from ..protocol import EditorError, Needs
 from ..weight_shifts import Edit, NonFiniteShiftError, WeightShift, check_finite, overlaid
 
@@ -128,7 +129,7 @@ class FineTuning:
         check_facts(facts)
         pairs, config = self.lm.encode([fact.pair for fact in facts]), self.config
         adam, generator, losses = ShiftAdamW(self.lm, config), torch.Generator().manual_seed(config.seed), []
-        with tqdm(total=config.epochs * len(pairs), desc="FT", disable=not progress, leave=False) as bar:
+        with progress_bar(total=config.epochs * len(pairs), desc="FT", disable=not progress, leave=False) as bar:
             for _ in range(config.epochs):
                 order = torch.randperm(len(pairs), generator=generator)
                 losses.append(_tuned_epoch(self, adam, pairs, order, batch_size, bar) / len(pairs))

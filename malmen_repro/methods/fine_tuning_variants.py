@@ -22,14 +22,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..facts import Fact, check_facts
+from ..facts import Fact, check_facts, optional
 from ..keys_and_gradients import at_least_float32
 from ..language_models import EncodedPair, LanguageModel, TokenBatch, feed_forward, match_layers
 from .fine_tuning import FineTuningConfig, ShiftAdamW
+from ..progress import progress_bar
 from ..protocol import EditorError, Needs
 from ..weight_shifts import Edit, NonFiniteShiftError, WeightShift, check_finite, overlaid, swapped
 
@@ -216,7 +217,7 @@ class SteppedEditor:
         check_facts(facts)
         pairs, tuned = self.lm.encode([fact.pair for fact in facts]), self.tuned()
         schedule = list(islice(mini_batches(len(pairs), self.config), self.config.steps))
-        with tqdm(total=sum(map(len, schedule)), desc=self.method, disable=not progress, leave=False) as bar:
+        with progress_bar(total=sum(map(len, schedule)), desc=self.method, disable=not progress, leave=False) as bar:
             losses, stopped = _take_steps(self, tuned, pairs, schedule, batch_size, bar)
         shifts = tuned.values()
         check_finite(shifts)
@@ -348,11 +349,8 @@ def adapter(
     layer: nn.Module,  # frozen; stays as it is, inside the adapter
     config: LoRAConfig,
 ) -> nn.Module:  # a `peft.tuners.lora.LoraLayer`, in the layer's place
-    "A layer with LoRA beside it. Raises `EditorError` if `peft` is missing or cannot adapt the layer."
-    try:
-        import peft
-    except ImportError as error:
-        raise EditorError("LoRA needs the library peft: pip install peft") from error
+    "A layer with LoRA beside it. Raises `MissingExtraError` without `peft`, `EditorError` if it cannot adapt the layer."
+    peft = optional("peft", "lora")
     shelf = nn.ModuleDict({"layer": layer})
     of_conv1d = {"fan_in_fan_out": isinstance(layer, Conv1D)}
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=["layer"], **of_conv1d)

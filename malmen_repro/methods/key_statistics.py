@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..facts import MalmenError, cache_folder, digest
 from ..language_models import EncodedPair, LanguageModel, TokenBatch, fingerprint, same_model
+from ..progress import progress_bar
 from ..weight_shifts import read_tensors, write_tensors
 
 # %% ../../nbs/methods/22_key_statistics.ipynb #f56d3a43
@@ -173,7 +173,7 @@ def key_statistics(
     digest, counts, start = hashlib.sha256(), {"texts": 0, "tokens": 0}, time.perf_counter()
 
     def noted(texts: Iterable[str]) -> Iterator[str]:
-        for text in tqdm(texts, desc="keys of a corpus", unit="text", disable=not progress, leave=False):
+        for text in progress_bar(texts, desc="keys of a corpus", unit="text", disable=not progress, leave=False):
             digest.update(text.encode() + b"\0")
             counts["texts"] += 1
             yield text

@@ -17,7 +17,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..facts import Fact, check_facts
@@ -35,6 +34,7 @@ from malmen_repro.methods.target_vectors import (
     target_vectors,
 )
 from ..normal_equation import SingularGramError, condition_number
+from ..progress import progress_bar
 from ..protocol import EditorError, Needs
 from ..weight_shifts import Edit, WeightShift, check_finite, overlaid
 
@@ -173,7 +173,7 @@ def spread(
     "Algorithm 1 of MEMIT, lines 5 to 15. Raises `SingularGramError`, `NonFiniteShiftError`."
     during = during or (lambda shifts: overlaid(lm, shifts))
     shifts, block = {}, max(1, batch_size // rows.each)
-    with tqdm(total=len(lm.layers) * len(rows), desc="spread", disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(lm.layers) * len(rows), desc="spread", disable=not progress, leave=False) as bar:
         for left, layer in zip(range(len(lm.layers), 0, -1), lm.layers, strict=True):
             sums = MemorySums(*reversed(lm.shapes[layer]), lm.device, layer)
             with during(shifts):
@@ -342,7 +342,7 @@ class ROME:
         check_facts(facts)
         prefixes = self.memit.prefixes()  # of the unedited model, for the search as for the keys
         shift = torch.zeros(self.lm.shapes[self.layer], dtype=torch.float64, device=self.lm.device)
-        for fact in tqdm(facts, desc="ROME", unit="fact", disable=not progress, leave=False):
+        for fact in progress_bar(facts, desc="ROME", unit="fact", disable=not progress, leave=False):
             with overlaid(self.lm, {self.layer: shift.float()}):
                 targets = self.memit.targets([fact], batch_size, prefixes=prefixes)
                 rows = SubjectRows(self.lm, [fact], prefixes, self.config)

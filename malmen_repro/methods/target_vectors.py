@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ..facts import Fact, MalmenError
 from ..keys_and_gradients import at_least_float32
 from ..language_models import LanguageModel, LayerPatternError, TokenBatch, gathered
 from .key_statistics import until_seen
+from ..progress import progress_bar
 from ..protocol import EditorError
 from ..weight_shifts import swapped
 
@@ -307,7 +307,7 @@ def target_vectors(
     pairs = lm.encode([fact.pair for fact in facts])
     order = sorted(range(len(facts)), key=lambda i: lm.family.length(pairs[i]))
     each, found = max(1, batch_size // len(prefixes)), {}
-    with tqdm(total=len(facts), desc="target vectors", unit="fact", disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(facts), desc="target vectors", unit="fact", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), each):
             chosen = order[start : start + each]
             search = _Search(lm, block, [facts[i] for i in chosen], prefixes, config)

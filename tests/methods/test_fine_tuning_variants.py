@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
 
 from malmen_repro.evaluation import evaluate
@@ -331,7 +331,7 @@ class Bar(tqdm):
 @pytest.mark.parametrize("progress", [False, True])
 @pytest.mark.parametrize(("mini", "total"), [(None, 5 * 7), (3, 3 + 3 + 1 + 3 + 3), (100, 5 * 7)])
 def test_the_bar_counts_facts_to_its_end(make, monkeypatch, mini, total, progress):
-    monkeypatch.setattr(fine_tuning_variants, "tqdm", Bar)
+    monkeypatch.setattr(fine_tuning_variants, "progress_bar", Bar)
     editor = make(toy_model(), batch_size=mini)
     editor.edit(toy_facts(7), batch_size=2, progress=progress)
     bar = Bar.made.pop()
