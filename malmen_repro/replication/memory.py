@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PROCEDURES', 'GIB', 'MEMORY_SETTINGS', 'TIMES', 'MemoryLimitError', 'UnknownMemoryTierError', 'TensorMemory',
            'concatenated_meta_gradient', 'MemorySetting', 'memory_configuration', 'random_editor', 'random_block',
-           'cached_bytes', 'inferred_bytes', 'out_of_memory', 'measure', 'measure_apart', 'memory_path', 'run_memory',
-           'memory_curves', 'first_not_fitting', 'line', 'draw_memory', 'memory_table', 'memory_finding']
+           'cached_bytes', 'inferred_bytes', 'out_of_memory', 'measure', 'measure_apart', 'memory_path',
+           'run_memory_experiment', 'memory_curves', 'first_not_fitting', 'line', 'draw_memory', 'memory_table',
+           'memory_finding']
 
 # %% ../../nbs/replication/49_memory.ipynb #43fdf143
 import json
@@ -345,7 +346,7 @@ def memory_path(
     return Path(cell["tier"]) / "memory" / name
 
 
-def run_memory(
+def run_memory_experiment(
     out_dir: str | Path,  # records go below it
     tier: str = "tiny",  # a key of `MEMORY_SETTINGS`
     progress: bool = True,  # show a bar

@@ -7,11 +7,11 @@ __all__ = ['FEVER_LABELS', 'GPT2_SIZES', 'BERT_SIZES', 'T5_XL_SIZES', 'GPTJ_SIZE
            'AUTO_CLASSES', 'HYPER_PARAMETERS', 'SPECIAL_TOKENS', 'TEMPLATES', 'HUB_PATIENCE', 'SCORED', 'TEXTS',
            'TEXT_TOKENS', 'A100', 'UTILISATION', 'PUBLISHED_HOURS', 'DATA', 'PaperModelError', 'ModelNotFoundError',
            'PaperModel', 'powers', 'find_model', 'architecture', 'skeleton', 'edited_layers', 'tuned_layers',
-           'shapes_of', 'random_tokenizer', 'random_model', 'wrapped', 'check_model', 'paper_model',
+           'shapes_of', 'random_tokenizer', 'random_model', 'wrapped_paper_model', 'check_model', 'paper_model',
            'hyper_network_size', 'step_memory', 'Cost', 'cached_tokens', 'cost', 'cost_table', 'linear_sizes', 'behind',
            'activation_memory', 'passes', 'layer_operations', 'step_operations', 'scoring_operations',
-           'memit_operations', 'statistics_operations', 'Run', 'Item', 'hours', 'run_hours', 'run_memory', 'run_disk',
-           'needs_table']
+           'memit_operations', 'statistics_operations', 'PlannedRun', 'Item', 'hours', 'run_hours', 'run_memory',
+           'run_disk', 'needs_table']
 
 # %% ../../nbs/replication/37_paper_models.ipynb #6dd4ca5b
 import json
@@ -275,10 +275,10 @@ def random_model(
         torch.manual_seed(seed)
         model = _build(name, dtype or about.dtype, **changes)
     tokenizer = random_tokenizer(about.model_type, model.config.vocab_size, texts)
-    return wrapped(name, model, tokenizer)
+    return wrapped_paper_model(name, model, tokenizer)
 
 
-def wrapped(
+def wrapped_paper_model(
     name: str,  # a key of `PAPER_MODELS`
     model: PreTrainedModel,  # of that architecture
     tokenizer: PreTrainedTokenizerFast,
@@ -343,7 +343,7 @@ def paper_model(
         raise PaperModelError(f"{source!r} has no weights for {missing[0]}: fine-tune the model first (Appendix A.4)")
     if (count := model.num_parameters()) != about.parameters:
         raise PaperModelError(f"{source!r} has {count:,} parameters, the paper's {name} {about.parameters:,}")
-    return wrapped(name, model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
+    return wrapped_paper_model(name, model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
 
 # %% ../../nbs/replication/37_paper_models.ipynb #16b0f08d
 def hyper_network_size(
@@ -665,7 +665,7 @@ PUBLISHED_HOURS = {  # of one editor, (model, m, tokens) -> hours in the paper, 
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     "Editors of one kind, as many as there are seeds, and the cells that use them."
 
     num_facts: int  # m
@@ -686,7 +686,7 @@ class Item:
     name: str  # as `malmen-repro reproduce` takes it
     figure: str  # in the paper
     model: str  # a key of `PAPER_MODELS`
-    runs: tuple[Run, ...]
+    runs: tuple[PlannedRun, ...]
 
 
 def hours(
@@ -700,7 +700,7 @@ def hours(
 # %% ../../nbs/replication/37_paper_models.ipynb #6d0979c8
 def run_hours(
     name: str,  # a key of `PAPER_MODELS`
-    run: Run,
+    run: PlannedRun,
     model: PreTrainedModel | None = None,  # a skeleton of it if None
 ) -> tuple[float, float]:  # hours of one editor's training, hours of one cell's editing and scoring
     "What one seed of a run takes on an A100, estimated."
@@ -722,7 +722,7 @@ def run_hours(
 
 def run_memory(
     name: str,  # a key of `PAPER_MODELS`
-    run: Run,
+    run: PlannedRun,
     model: PreTrainedModel | None = None,  # a skeleton of it if None
 ) -> float | int:  # bytes
     "What a meta-step of a run holds, activations included."
@@ -734,7 +734,7 @@ def run_memory(
 
 def run_disk(
     name: str,  # a key of `PAPER_MODELS`
-    run: Run,
+    run: PlannedRun,
     model: PreTrainedModel | None = None,  # a skeleton of it if None
 ) -> int:  # bytes
     "The editors that a run leaves behind; FT and MEMIT leave none."

@@ -25,7 +25,7 @@ from malmen_repro.replication.paper_models import (
     Item,
     ModelNotFoundError,
     PaperModelError,
-    Run,
+    PlannedRun,
     activation_memory,
     architecture,
     cached_tokens,
@@ -570,13 +570,14 @@ def test_hours_are_operations_over_speed():
 
 
 def test_runs(skeletons):
-    model, run = skeletons["GPT-2"], Run(512, steps=100)
+    model, run = skeletons["GPT-2"], PlannedRun(512, steps=100)
     training, scoring = run_hours("GPT-2", run, model)
     assert training > 0 < scoring
     assert run_hours("GPT-2", replace(run, steps=200), model)[0] == pytest.approx(2 * training)
-    assert run_hours("GPT-2", Run(512, "FT"), model)[0] == 0 < run_hours("GPT-2", Run(512, "FT"), model)[1]
-    assert run_disk("GPT-2", Run(512, "FT")) == run_disk("GPT-2", Run(512, "MEMIT")) == 0
-    memit = Run(512, "MEMIT", critical=(1, 2, 3))
+    tuned = PlannedRun(512, "FT")
+    assert run_hours("GPT-2", tuned, model)[0] == 0 < run_hours("GPT-2", tuned, model)[1]
+    assert run_disk("GPT-2", tuned) == run_disk("GPT-2", PlannedRun(512, "MEMIT")) == 0
+    memit = PlannedRun(512, "MEMIT", critical=(1, 2, 3))
     training, scoring = run_hours("GPT-2", memit, model)
     assert training == 0 < scoring < run_hours("GPT-2", replace(memit, num_facts=1024), model)[1]
     assert run_disk("GPT-2", run) == 3 * run_disk("GPT-2", replace(run, seeds=1)) > 0
@@ -593,9 +594,10 @@ def test_activations_grow_with_rows(skeletons):
 
 
 def test_needs_table(skeletons):
-    runs = (Run(8192, steps=30), Run(8192, "MEND", steps=30), Run(16384, steps=15), Run(64, "FT"))
+    trained = PlannedRun(8192, steps=30), PlannedRun(8192, "MEND", steps=30), PlannedRun(16384, steps=15)
+    runs = (*trained, PlannedRun(64, "FT"))
     one = Item("scaling_gptj", "Fig. 7", "GPT-J", runs)
-    two = Item("failures", "Tables 4 and 5", "GPT-J", (Run(8192, steps=30, seeds=1),))
+    two = Item("failures", "Tables 4 and 5", "GPT-J", (PlannedRun(8192, steps=30, seeds=1),))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in needs_table([one, two]).splitlines()]
     assert {len(line) for line in lines} == {11} and len(lines) == 5
     assert lines[2][1] == "`malmen-repro reproduce scaling_gptj --tier paper --data DIR`"
@@ -604,7 +606,7 @@ def test_needs_table(skeletons):
     assert lines[3][10] == "4.4 (Table 2, A40)" and lines[3][6] == "1"
     alone = [float(line[7]) for line in lines[2:4]]
     assert float(lines[4][7]) < sum(alone) + 1  # the editor of the second item is one of the first's
-    with_memit = replace(one, runs=(*runs, Run(64, "MEMIT", critical=(3, 4))))
+    with_memit = replace(one, runs=(*runs, PlannedRun(64, "MEMIT", critical=(3, 4))))
     line = [cell.strip() for cell in needs_table([with_memit]).splitlines()[2].split("|")[1:-1]]
     assert float(line[8]) > 0 and float(line[7]) == pytest.approx(alone[0] + float(line[8]), abs=0.11)
     assert float(line[5]) > float(lines[2][5]) and line[4] == lines[2][4]  # key statistics lie on disk
