@@ -215,6 +215,40 @@ def test_export_leaves_the_settings_alone(regenerated):
         assert (regenerated / name).read_text() == (ROOT / name).read_text()
 
 
+# --- names
+
+
+TWICE = {  # public names of two modules -> why they may be
+    "train": "the command is called after what it does, as the function is",
+    "evaluate": "the same",
+}
+
+
+def public_names(path):
+    """The public names that a module defines; a function whose first parameter is `self` is a method of a class."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            defined = [] if node.args.args and node.args.args[0].arg == "self" else [node.name]
+        elif isinstance(node, ast.Assign):
+            parts = [part for target in node.targets for part in getattr(target, "elts", [target])]
+            defined = [part.id for part in parts if isinstance(part, ast.Name)]
+        elif isinstance(node, ast.AnnAssign):
+            defined = [node.target.id]
+        else:
+            defined = [node.name] if isinstance(node, ast.ClassDef) else []
+        yield from (name for name in defined if not name.startswith("_"))
+
+
+def test_one_name_stands_for_one_thing():
+    owners = {}
+    for path in MODULES:
+        for name in public_names(path):
+            owners.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    twice = {name: sorted(paths) for name, paths in owners.items() if len(paths) > 1}
+    assert not {name: paths for name, paths in twice.items() if name not in TWICE}
+    assert set(TWICE) <= set(twice), "a name that only one module has needs no exception"
+
+
 # --- files
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'KINDS', 'ATTENTION', 'LOOKS', 'MANY_BLOCKS', 'SEVERED', 'RESTORED', 'TracingError', 'subject_spans',
-           'token_roles', 'traced_modules', 'Patch', 'replaced', 'answer_probabilities', 'subject_noise', 'Run',
+           'token_roles', 'traced_modules', 'Patch', 'replaced', 'answer_probabilities', 'subject_noise', 'TracedRun',
            'TracedFact', 'window', 'mean_and_interval', 'Trace', 'trace', 'draw_traces', 'severed_effects',
            'tracing_record', 'draw_severed', 'critical_layers_by_gap']
 
@@ -157,7 +157,7 @@ def subject_noise(
     return torch.stack(noises)
 
 # %% ../../nbs/methods/25_causal_tracing.ipynb #23d669df
-class Run(NamedTuple):
+class TracedRun(NamedTuple):
     "A run of one fact."
 
     sample: int | None = None  # which noise is on the subject; None for none
@@ -198,7 +198,7 @@ class TracedFact:
         "The fact so many times."
         return self.lm.family.collate([self.pair] * rows, range(rows)).to(self.lm.device)
 
-    def patches(self, runs: Sequence[Run]) -> dict[str, Patch]:
+    def patches(self, runs: Sequence[TracedRun]) -> dict[str, Patch]:
         "What differs from a clean run, module by module. Outputs that are used must have been noted."
         places = defaultdict(dict)  # module -> (row, position) -> output; the noise goes first, for it may be restored
         for row, run in enumerate(runs):
@@ -215,7 +215,7 @@ class TracedFact:
         return patches
 
     @torch.no_grad()
-    def outputs(self, modules: Sequence[str], runs: Sequence[Run]) -> dict[str, Tensor]:
+    def outputs(self, modules: Sequence[str], runs: Sequence[TracedRun]) -> dict[str, Tensor]:
         "What modules put out in some runs: module -> (runs, length, width)."
         found = defaultdict(list)
         for some in self.cut(runs):
@@ -229,12 +229,12 @@ class TracedFact:
     def note(self, clean: Sequence[str] = (), corrupted: Sequence[str] = ()) -> "TracedFact":
         "Note what these modules put out in the clean and in the corrupted runs, for `restored` and `held`."
         if clean:
-            self.clean |= {name: output[0] for name, output in self.outputs(clean, [Run()]).items()}
+            self.clean |= {name: output[0] for name, output in self.outputs(clean, [TracedRun()]).items()}
         if corrupted:
-            self.corrupted |= self.outputs(corrupted, [Run(sample) for sample in range(self.samples)])
+            self.corrupted |= self.outputs(corrupted, [TracedRun(sample) for sample in range(self.samples)])
         return self
 
-    def probabilities(self, runs: Sequence[Run]) -> Float[Tensor, " runs"]:  # on the CPU
+    def probabilities(self, runs: Sequence[TracedRun]) -> Float[Tensor, " runs"]:  # on the CPU
         "p(object) of each run. Raises `TracingError` if the model puts out something that is no number."
         found = []
         for some in self.cut(runs):
@@ -244,7 +244,7 @@ class TracedFact:
             raise TracingError(f"the model's probabilities for {self.fact.prompt[:80]!r} are not finite")
         return p
 
-    def cut(self, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
+    def cut(self, runs: Sequence[TracedRun]) -> Iterator[Sequence[TracedRun]]:
         "Runs in batches."
         return (runs[start : start + self.batch_size] for start in range(0, len(runs), self.batch_size))
 
@@ -364,8 +364,8 @@ def trace(
     cleans, corrupteds, effects = [], [], []
     for case in sample.cases(progress):
         case.note(clean=modules)
-        runs = [Run(), *(Run(s) for s in range(samples))]
-        runs += [Run(s, (t,), names) for t in case.roles for names in windows for s in range(samples)]
+        runs = [TracedRun(), *(TracedRun(s) for s in range(samples))]
+        runs += [TracedRun(s, (t,), names) for t in case.roles for names in windows for s in range(samples)]
         clean, corrupted, restored = case.probabilities(runs).split([1, samples, len(runs) - 1 - samples])
         gains = (restored.view(-1, len(modules), samples) - corrupted).mean(-1)  # (tokens, layers)
         effects.append(_by_role(gains, list(case.roles.values())))
@@ -445,11 +445,11 @@ def severed_effects(
         below = zip((case.embedding, *blocks[:-1]), attention, strict=True)
         places = list(below) if entering else [(block,) for block in blocks]
         case.note([name for names in places for name in names], [name for names in held.values() for name in names])
-        at, runs = (case.subject[-1],), [Run(s) for s in range(samples)]
+        at, runs = (case.subject[-1],), [TracedRun(s) for s in range(samples)]
         for way, names in held.items():
             own = entering and way == "mlp severed"
             for i, place in enumerate(places):
-                runs += [Run(s, at, place, tuple(names[i + (not own) :])) for s in range(samples)]
+                runs += [TracedRun(s, at, place, tuple(names[i + (not own) :])) for s in range(samples)]
         corrupted, restored = case.probabilities(runs).split([samples, len(runs) - samples])
         effects.append((restored.view(len(held), len(blocks), samples) - corrupted).mean(-1))
     return dict(zip(held, torch.stack(effects, 1), strict=True))

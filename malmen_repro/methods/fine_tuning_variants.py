@@ -349,7 +349,7 @@ def adapter(
     layer: nn.Module,  # frozen; stays as it is, inside the adapter
     config: LoRAConfig,
 ) -> nn.Module:  # a `peft.tuners.lora.LoraLayer`, in the layer's place
-    "A layer with LoRA beside it. Raises `MissingExtraError` without `peft`, `EditorError` if it cannot adapt the layer."
+    "A layer with LoRA beside it. Raises `MissingExtraError` without `peft`, and `EditorError` if it can't."
     peft = optional("peft", "lora")
     shelf = nn.ModuleDict({"layer": layer})
     of_conv1d = {"fan_in_fan_out": isinstance(layer, Conv1D)}

@@ -125,10 +125,10 @@ def _figures(text: str) -> list[str]:
 
 def _memory(args: argparse.Namespace) -> None:
     "Fig. 9, which measures one meta-gradient and no scores."
-    from malmen_repro.replication.memory import draw_memory, memory_finding, memory_table, run_memory
+    from malmen_repro.replication.memory import draw_memory, memory_finding, memory_table, run_memory_experiment
 
     few = None if args.full or args.tier == "shapes" else (32, 64, 128)
-    records = run_memory(args.out, args.tier, not args.quiet, args.ms or few, args.fresh)
+    records = run_memory_experiment(args.out, args.tier, not args.quiet, args.ms or few, args.fresh)
     figure = args.out / "figures" / f"{args.tier}-memory"
     draw_memory(records, figure)
     print(f"\nFig. 9: memory, {args.tier} tier\n\n{memory_table(records)}\n")

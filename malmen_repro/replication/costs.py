@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..facts import flipped
-from .benches import FAMILIES, TRAIN_FACTS
+from .benches import PAPER_FAMILIES, TRAIN_FACTS
 from .figures import mean_of, scaling_points
 from malmen_repro.replication.paper_models import (
     Item,
-    Run,
+    PlannedRun,
     activation_memory,
     cost,
     edited_layers,
@@ -38,24 +38,24 @@ from .verdicts import PAPER_HOURS
 # %% ../../nbs/replication/56_costs.ipynb #f19b6b2a
 def paper_runs(
     experiment: str,  # one that has a plan at the paper tier
-) -> Iterator[Run]:  # one for each method at each number of facts
+) -> Iterator[PlannedRun]:  # one for each method at each number of facts
     "The editors that an experiment trains at the paper tier, as their costs depend on them."
     plan, family = EXPERIMENTS[experiment].plans["paper"], EXPERIMENTS[experiment].family
     for m, method in ((m, method) for ms in plan.num_facts.values() for m in ms for method in plan.methods):
         if method == "MEMIT":
-            yield Run(m, method, 0, plan.full_seeds, critical=CRITICAL["paper", family])
+            yield PlannedRun(m, method, 0, plan.full_seeds, critical=CRITICAL["paper", family])
             continue
         editor, training = training_settings("paper", method, m)
         kind = METHODS[method].editor.method
         shape = {} if kind == "FT" else {"rank": editor.rank, "blocks": editor.blocks, "which": editor.tokens}
-        yield Run(m, kind, training.steps if training else 0, plan.full_seeds, METHODS[method].layers, **shape)
+        yield PlannedRun(m, kind, training.steps if training else 0, plan.full_seeds, METHODS[method].layers, **shape)
 
 
 def paper_items() -> list[Item]:
     "Every figure and table that has a plan at the paper tier."
     planned = {name: about for name, about in EXPERIMENTS.items() if "paper" in about.plans}
     return [
-        Item(name, about.figure, FAMILIES[about.family].paper_model, tuple(paper_runs(name)))
+        Item(name, about.figure, PAPER_FAMILIES[about.family].paper_model, tuple(paper_runs(name)))
         for name, about in planned.items()
     ]
 
@@ -65,7 +65,7 @@ def edit_hours(
 ) -> dict[str, float]:  # method -> hours on one A100, counted; training included, MEMIT's key statistics not
     "One edit of GPT-J, as section 5.1 has it."
     gptj = skeleton("GPT-J")
-    run = Run(num_facts, steps=training_settings("paper", "MALMEN", num_facts)[1].steps)
+    run = PlannedRun(num_facts, steps=training_settings("paper", "MALMEN", num_facts)[1].steps)
     memit = memit_operations(gptj, CRITICAL["paper", "gptj"], num_facts)
     return {"MALMEN": sum(run_hours("GPT-J", run, gptj)), "MEMIT": hours(memit, gptj.dtype)}
 
@@ -115,7 +115,7 @@ def lengths(
     "Mean tokens of the facts that a model of random weights is given."
     about, model = find_model(name), skeleton(name)
     people, towns = invent_world(0)
-    if claims := FAMILIES["classifier"].paper_model == name:
+    if claims := PAPER_FAMILIES["classifier"].paper_model == name:
         people, towns = flipped(tell_claims(people, 0)), tell_claims(towns, 0)
     tokenizer = random_tokenizer(model.config.model_type, model.config.vocab_size, words_of(people + towns))
     sample = people[:1000]
@@ -141,7 +141,7 @@ def counted_and_measured() -> Iterator[dict[str, Any]]:
     "The count beside every record of the paper's shapes that was made on an accelerator."
     found = [record for record in shape_records() if "accelerator" in record["hardware"]]
     for family in ("classifier", "decoder", "encoder-decoder", "gptj"):
-        name = FAMILIES[family].paper_model
+        name = PAPER_FAMILIES[family].paper_model
         tokens = lengths(name)
         for record in (r for r in found if r["configuration"]["cell"]["family"] == family):
             m = record["configuration"]["cell"]["num_facts"]

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..evaluation import Scores
@@ -46,6 +45,7 @@ from malmen_repro.facts import (
 )
 from ..keys_and_gradients import at_least_float32
 from ..language_models import LanguageModel, _token_ids
+from ..progress import progress_bar
 from ..weight_shifts import Edit
 
 # %% ../../nbs/replication/32_counterfact.ipynb #2eea7d98
@@ -237,7 +237,7 @@ def log_probabilities(
     "What the model thinks of each answer. Raises as `LanguageModel.encode` does."
     place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
     sums, counts = torch.zeros(2, len(place), dtype=torch.float64)
-    with tqdm(total=len(place), desc=progress, disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(place), desc=progress, disable=not progress, leave=False) as bar:
         for batch in lm.batches(list(place), batch_size):
             found = at_least_float32(lm.answer_logits(batch)).log_softmax(-1).gather(-1, batch.labels.unsqueeze(-1))
             found, rows = found.squeeze(-1).cpu().double(), batch.rows.cpu()
@@ -471,7 +471,7 @@ def generated(
     for i, row in enumerate(rows):
         groups[len(row)].append(i)
     numbers, texts = _numbers(prompts, seed, length), [""] * len(prompts)
-    with switched(edit, lm), tqdm(total=len(prompts), desc="texts", disable=not progress, leave=False) as bar:
+    with switched(edit, lm), progress_bar(total=len(prompts), desc="texts", disable=not progress, leave=False) as bar:
         for start in sorted(groups):
             for cut in range(0, len(groups[start]), batch_size):
                 members = groups[start][cut : cut + batch_size]

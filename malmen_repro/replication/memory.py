@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PROCEDURES', 'GIB', 'MEMORY_SETTINGS', 'TIMES', 'MemoryLimitError', 'UnknownMemoryTierError', 'TensorMemory',
            'concatenated_meta_gradient', 'MemorySetting', 'memory_configuration', 'random_editor', 'random_block',
-           'cached_bytes', 'inferred_bytes', 'out_of_memory', 'measure', 'measure_apart', 'memory_path', 'run_memory',
-           'memory_curves', 'first_not_fitting', 'line', 'draw_memory', 'memory_table', 'memory_finding']
+           'cached_bytes', 'inferred_bytes', 'out_of_memory', 'measure', 'measure_apart', 'memory_path',
+           'run_memory_experiment', 'memory_curves', 'first_not_fitting', 'line', 'draw_memory', 'memory_table',
+           'memory_finding']
 
 # %% ../../nbs/replication/49_memory.ipynb #43fdf143
 import json
@@ -25,13 +26,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ..editors import EDITORS, Editor, EditorConfig
 from ..facts import MalmenError, sha256
 from ..language_models import EncodedPair, LanguageModel
 from ..normal_equation import aggregate
+from ..progress import progress_bar
 from malmen_repro.replication.records import (
     SOURCE_TREE,
     RecordError,
@@ -345,7 +346,7 @@ def memory_path(
     return Path(cell["tier"]) / "memory" / name
 
 # %% ../../nbs/replication/49_memory.ipynb #caadfb81
-def run_memory(
+def run_memory_experiment(
     out_dir: str | Path,  # records go below it
     tier: str = "tiny",  # a key of `MEMORY_SETTINGS`
     progress: bool = True,  # show a bar
@@ -360,7 +361,7 @@ def run_memory(
     if tier not in settings:
         raise UnknownMemoryTierError(f"memory is not measured at the tier {tier!r}, but at: {', '.join(settings)}")
     counts, records = sorted(set(num_facts or settings[tier].num_facts)), []
-    bar = tqdm(total=len(PROCEDURES) * len(counts), desc="memory", unit="cell", disable=not progress)
+    bar = progress_bar(total=len(PROCEDURES) * len(counts), desc="memory", unit="cell", disable=not progress)
     with bar:
         for procedure in PROCEDURES:
             for m in counts:

@@ -7,10 +7,10 @@ __all__ = ['FEVER_LABELS', 'GPT2_SIZES', 'BERT_SIZES', 'T5_XL_SIZES', 'GPTJ_SIZE
            'AUTO_CLASSES', 'HYPER_PARAMETERS', 'SPECIAL_TOKENS', 'TEMPLATES', 'SCORED', 'TEXTS', 'TEXT_TOKENS', 'A100',
            'UTILISATION', 'PUBLISHED_HOURS', 'DATA', 'PaperModelError', 'PaperModel', 'powers', 'find_model',
            'architecture', 'skeleton', 'edited_layers', 'tuned_layers', 'shapes_of', 'random_tokenizer', 'random_model',
-           'wrapped', 'paper_model', 'hyper_network_size', 'step_memory', 'Cost', 'cached_tokens', 'cost', 'cost_table',
-           'linear_sizes', 'behind', 'activation_memory', 'passes', 'layer_operations', 'step_operations',
-           'scoring_operations', 'memit_operations', 'statistics_operations', 'Run', 'Item', 'hours', 'run_hours',
-           'run_memory', 'run_disk', 'needs_table']
+           'wrapped_paper_model', 'paper_model', 'hyper_network_size', 'step_memory', 'Cost', 'cached_tokens', 'cost',
+           'cost_table', 'linear_sizes', 'behind', 'activation_memory', 'passes', 'layer_operations', 'step_operations',
+           'scoring_operations', 'memit_operations', 'statistics_operations', 'PlannedRun', 'Item', 'hours',
+           'run_hours', 'run_memory', 'run_disk', 'needs_table']
 
 # %% ../../nbs/replication/37_paper_models.ipynb #6dd4ca5b
 import json
@@ -63,7 +63,7 @@ class PaperModel:
     "One language model of the paper's section 5, and what is done to it."
 
     hub: str  # the checkpoint
-    family: str  # see `language_models.FAMILIES`
+    family: str  # see `language_models.PAPER_FAMILIES`
     model_type: str  # of its configuration in transformers
     sizes: dict[str, Any]  # fields of its configuration
     size_in_paper: str  # as printed in the figures' captions
@@ -278,10 +278,10 @@ def random_model(
         torch.manual_seed(seed)
         model = _build(name, dtype or about.dtype, **changes)
     tokenizer = random_tokenizer(about.model_type, model.config.vocab_size, texts)
-    return wrapped(name, model, tokenizer)
+    return wrapped_paper_model(name, model, tokenizer)
 
 
-def wrapped(
+def wrapped_paper_model(
     name: str,  # a key of `PAPER_MODELS`
     model: PreTrainedModel,  # of that architecture
     tokenizer: PreTrainedTokenizerFast,
@@ -318,7 +318,7 @@ def paper_model(
         raise PaperModelError(f"{source!r} has no weights for {missing[0]}: fine-tune the model first (Appendix A.4)")
     if (count := model.num_parameters()) != about.parameters:
         raise PaperModelError(f"{source!r} has {count:,} parameters, the paper's {name} {about.parameters:,}")
-    return wrapped(name, model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
+    return wrapped_paper_model(name, model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
 
 # %% ../../nbs/replication/37_paper_models.ipynb #16b0f08d
 def hyper_network_size(
@@ -375,7 +375,7 @@ class Cost:
 
 
 def cached_tokens(
-    family: str,  # of `language_models.FAMILIES`
+    family: str,  # of `language_models.PAPER_FAMILIES`
     layer: str,  # name of an edited layer
     prompt_tokens: float | int,  # of a fact
     answer_tokens: float | int,  # of a fact
@@ -640,7 +640,7 @@ PUBLISHED_HOURS = {  # of one editor, (model, m, tokens) -> hours in the paper, 
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     "Editors of one kind, as many as there are seeds, and the cells that use them."
 
     num_facts: int  # m
@@ -661,7 +661,7 @@ class Item:
     name: str  # as `malmen-repro reproduce` takes it
     figure: str  # in the paper
     model: str  # a key of `PAPER_MODELS`
-    runs: tuple[Run, ...]
+    runs: tuple[PlannedRun, ...]
 
 
 def hours(
@@ -675,7 +675,7 @@ def hours(
 # %% ../../nbs/replication/37_paper_models.ipynb #6d0979c8
 def run_hours(
     name: str,  # a key of `PAPER_MODELS`
-    run: Run,
+    run: PlannedRun,
     model: PreTrainedModel | None = None,  # a skeleton of it if None
 ) -> tuple[float, float]:  # hours of one editor's training, hours of one cell's editing and scoring
     "What one seed of a run takes on an A100, estimated."
@@ -697,7 +697,7 @@ def run_hours(
 
 def run_memory(
     name: str,  # a key of `PAPER_MODELS`
-    run: Run,
+    run: PlannedRun,
     model: PreTrainedModel | None = None,  # a skeleton of it if None
 ) -> float | int:  # bytes
     "What a meta-step of a run holds, activations included."
@@ -709,7 +709,7 @@ def run_memory(
 
 def run_disk(
     name: str,  # a key of `PAPER_MODELS`
-    run: Run,
+    run: PlannedRun,
     model: PreTrainedModel | None = None,  # a skeleton of it if None
 ) -> int:  # bytes
     "The editors that a run leaves behind; FT and MEMIT leave none."

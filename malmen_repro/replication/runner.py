@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..consecutive import consecutive
 from ..editors import Editor, EditorConfig
@@ -31,6 +31,7 @@ from ..evaluation import Scores, evaluate, plain, scores_of
 from ..facts import Fact, MalmenError, sha256
 from ..language_models import LanguageModel, feed_forward
 from ..normal_equation import SingularGramError
+from ..progress import progress_bar
 from ..protocol import AnyEditor
 from .bench_settings import BENCH_SETTINGS
 from .benches import BenchFor
@@ -435,7 +436,7 @@ def run_cells(
     asked = {cell: configuration(cell, settings, evaluation) for cell in cells}
     walk = _Walk(asked, Path(out_dir), fresh, progress)
     done = len(asked) - len(walk.pending)
-    with tqdm(total=len(asked), initial=done, desc="cells", unit="cell", disable=not progress) as bar:
+    with progress_bar(total=len(asked), initial=done, desc="cells", unit="cell", disable=not progress) as bar:
         for _, at_place in itertools.groupby(walk.pending, key=_place):
             _fill_place(walk, list(at_place), bench_for, bar)
     if walk.failures:

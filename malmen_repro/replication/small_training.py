@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..evaluation import answer_predictions, share
 from ..facts import Pair, cache_folder, digest
 from ..language_models import EncodedPair, LanguageModel
 from ..methods.target_vectors import subject_end, subject_tokens
+from ..progress import progress_bar
 from .small_data import Lessons
 from malmen_repro.replication.small_models import (
     FRAMES,
@@ -319,7 +319,7 @@ def _train(
 ) -> None:
     "Advance the run to its last step, with checkpoints and checks on the way."
     steps, out, saved = run.config.steps, run.path.parent, time.perf_counter()
-    bar = tqdm(total=steps, initial=run.step, desc="small language model", disable=not progress)
+    bar = progress_bar(total=steps, initial=run.step, desc="small language model", disable=not progress)
     while run.step < steps:
         losses = run.advance(*curriculum[run.step], half, curriculum.hidden(run.step))
         bar.update()

@@ -28,9 +28,9 @@ from malmen_repro.methods.causal_tracing import (
     ROLES,
     SEVERED,
     Patch,
-    Run,
     Trace,
     TracedFact,
+    TracedRun,
     TracingError,
     answer_probabilities,
     critical_layers_by_gap,
@@ -287,10 +287,10 @@ def test_replaced_outputs_are_those_and_no_others(lm):
     case = TracedFact(lm, FACTS[0], 0.5, samples=1)
     for kind in KINDS:
         name = traced_modules(lm, kind)[1]
-        before = case.outputs([name], [Run(), Run()])[name]
+        before = case.outputs([name], [TracedRun(), TracedRun()])[name]
         value = torch.randn(1, before.shape[-1], dtype=before.dtype)
         with replaced(lm, {name: Patch(torch.tensor([1]), torch.tensor([3]), value)}):
-            after = case.outputs([name], [Run(), Run()])[name]
+            after = case.outputs([name], [TracedRun(), TracedRun()])[name]
         assert torch.equal(after[1, 3], value[0])
         after[1, 3] = before[1, 3]
         assert torch.equal(after, before)
@@ -368,7 +368,7 @@ def test_clean_and_corrupted_by_hand(lm):
         case = TracedFact(lm, fact, 0.6, samples=3)
         noise = 0.6 * subject_noise(fact, (len(case.subject), 16), 3).double()
         wanted = [by_hand(lm, case.pair), *(by_hand(lm, case.pair, one, case.subject.start) for one in noise)]
-        found = case.probabilities([Run(), Run(0), Run(1), Run(2)])
+        found = case.probabilities([TracedRun(), TracedRun(0), TracedRun(1), TracedRun(2)])
         close(lm, found, torch.tensor(wanted, dtype=torch.float64))
 
 
@@ -378,14 +378,14 @@ def test_everything_restored_is_clean_and_nothing_restored_is_corrupted(lm):
     case.note([name for some in names.values() for name in some], [name for some in names.values() for name in some])
     everywhere = tuple(range(len(case.pair.prompt) + len(case.pair.answer) - 1))  # also the answer's tokens
     runs = [
-        Run(),
-        Run(0, everywhere, tuple(names["state"])),
-        Run(1, everywhere, (names["state"][0],)),
-        Run(1, tuple(case.subject), (names["state"][0],)),  # the tokens behind have read the noise in block 0
-        Run(0),
-        Run(0, everywhere),
-        Run(0, (), tuple(names["state"])),
-        Run(0, everywhere, (), tuple(names["attention"] + names["mlp"])),  # held at what they are
+        TracedRun(),
+        TracedRun(0, everywhere, tuple(names["state"])),
+        TracedRun(1, everywhere, (names["state"][0],)),
+        TracedRun(1, tuple(case.subject), (names["state"][0],)),  # the tokens behind have read the noise in block 0
+        TracedRun(0),
+        TracedRun(0, everywhere),
+        TracedRun(0, (), tuple(names["state"])),
+        TracedRun(0, everywhere, (), tuple(names["attention"] + names["mlp"])),  # held at what they are
     ]
     p = case.probabilities(runs)
     close(lm, p[1:3], p[:1].expand(2))
@@ -410,7 +410,7 @@ def test_the_last_state_anywhere_else_gives_nothing_back(lm):
 
 def test_tokens_before_the_subject_have_no_effect(lm):
     case = TracedFact(lm, FACTS[0], 0.6, samples=1).note(clean=traced_modules(lm, "state"))
-    p = case.probabilities([Run(0), *(Run(0, (0,), (name,)) for name in traced_modules(lm, "state"))])
+    p = case.probabilities([TracedRun(0), *(TracedRun(0, (0,), (name,)) for name in traced_modules(lm, "state"))])
     close(lm, p[1:], p[:1].expand(3))
 
 

@@ -35,6 +35,7 @@ from malmen_repro.replication.figures import (
     failure_table,
     figure_title,
     in_order,
+    mean_and_spread,
     mean_at,
     mean_of,
     panels,
@@ -46,7 +47,6 @@ from malmen_repro.replication.figures import (
     sequence_points,
     sequence_table,
     shown,
-    spread,
     spread_note,
     table_of,
     variants_table,
@@ -150,12 +150,12 @@ def test_records_from_before_there_were_extras():
     ],
 )
 def test_spread(scores, expected):
-    assert spread(scores) == pytest.approx(expected, nan_ok=True)
+    assert mean_and_spread(scores) == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("second", [0.5, None])
 def test_spread_of_several_seeds_of_which_one_was_not_scored(second):
-    assert spread([part(None), part(second)]) == pytest.approx((math.nan,) * 3, nan_ok=True)
+    assert mean_and_spread([part(None), part(second)]) == pytest.approx((math.nan,) * 3, nan_ok=True)
 
 
 # --- tables

@@ -37,7 +37,7 @@ from malmen_repro.replication.memory import (
     random_block,
     random_editor,
     resident_bytes,
-    run_memory,
+    run_memory_experiment,
 )
 from malmen_repro.replication.records import RecordConflictError, RecordError, read_record, read_records
 from malmen_repro.training import Block, Curriculum, TrainingConfig, cache_tokens, infer, meta_gradient
@@ -492,9 +492,9 @@ def here(monkeypatch):
 
 def test_a_run_goes_on_where_its_records_end(tmp_path, here):
     settings = {"tiny": TOY}
-    first = run_memory(tmp_path, "tiny", progress=False, num_facts=(4, 8), settings=settings)
+    first = run_memory_experiment(tmp_path, "tiny", progress=False, num_facts=(4, 8), settings=settings)
     assert here == [("concatenated", 4), ("concatenated", 8), ("split", 4), ("split", 8)]
-    again = run_memory(tmp_path, "tiny", progress=False, settings=settings)
+    again = run_memory_experiment(tmp_path, "tiny", progress=False, settings=settings)
     assert here[4:] == [("concatenated", 16), ("split", 16)]
     assert [r for r in again if r["configuration"]["cell"]["num_facts"] < 16] == first
     assert json.loads(json.dumps(again)) == again
@@ -503,14 +503,14 @@ def test_a_run_goes_on_where_its_records_end(tmp_path, here):
         path = tmp_path / memory_path(record["configuration"]["cell"])
         assert read_record(path) == record and record["hash"] == sha256(record["configuration"])
         assert {"versions", "git", "hardware", "model", "memory_bytes", "extra", "seconds"} <= record.keys()
-    run_memory(tmp_path, "tiny", progress=False, num_facts=(4,), settings=settings, fresh=True)
+    run_memory_experiment(tmp_path, "tiny", progress=False, num_facts=(4,), settings=settings, fresh=True)
     assert here[6:] == [("concatenated", 4), ("split", 4)]
 
 
 def test_a_run_stops_a_procedure_where_it_no_longer_fits(tmp_path, here):
     peak = measure(memory_configuration(TOY, "tiny", "concatenated", 8))["memory_bytes"]["peak"]
     settings = {"tiny": replace(TOY, limit_bytes=peak - 1)}
-    records = run_memory(tmp_path, "tiny", progress=False, settings=settings)
+    records = run_memory_experiment(tmp_path, "tiny", progress=False, settings=settings)
     assert here == [("concatenated", 4), ("concatenated", 8), ("split", 4), ("split", 8), ("split", 16)]
     assert [r["extra"]["fits"] for r in records] == [True, False, True, True, True]
     assert first_not_fitting(records, "concatenated") == 8 and first_not_fitting(records, "split") is None
@@ -521,14 +521,15 @@ def test_a_run_stops_a_procedure_where_it_no_longer_fits(tmp_path, here):
 
 
 def test_records_of_another_setting_are_refused(tmp_path, here):
-    run_memory(tmp_path, "tiny", progress=False, num_facts=(4,), settings={"tiny": TOY})
+    run_memory_experiment(tmp_path, "tiny", progress=False, num_facts=(4,), settings={"tiny": TOY})
     with pytest.raises(RecordConflictError, match="limit_bytes"):
-        run_memory(tmp_path, "tiny", progress=False, num_facts=(4,), settings={"tiny": replace(TOY, limit_bytes=7)})
+        other = {"tiny": replace(TOY, limit_bytes=7)}
+        run_memory_experiment(tmp_path, "tiny", progress=False, num_facts=(4,), settings=other)
 
 
 def test_a_tier_without_a_setting(tmp_path):
     with pytest.raises(UnknownMemoryTierError, match="'small', but at: tiny, shapes"):
-        run_memory(tmp_path, "small", progress=False)
+        run_memory_experiment(tmp_path, "small", progress=False)
 
 
 # --- the figure
@@ -544,7 +545,7 @@ def test_a_line():
 def test_the_figure_is_drawn_from_records_alone_and_is_deterministic(tmp_path, here):
     peak = measure(memory_configuration(TOY, "tiny", "concatenated", 16))["memory_bytes"]["peak"]
     settings = {"tiny": replace(TOY, limit_bytes=peak - 1)}
-    records = run_memory(tmp_path, "tiny", progress=False, settings=settings)
+    records = run_memory_experiment(tmp_path, "tiny", progress=False, settings=settings)
     figure = draw_memory(records, tmp_path / "one")
     draw_memory(read_records(tmp_path, "memory", "tiny")[::-1], tmp_path / "two")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()

@@ -13,7 +13,7 @@ from malmen_repro.editors import MALMEN, MEND, EditorConfig
 from malmen_repro.facts import Fact, MalmenError
 from malmen_repro.keys_and_gradients import capture
 from malmen_repro.language_models import (
-    FAMILIES,
+    PAPER_FAMILIES,
     LanguageModel,
     ModelNotFoundError,
     check_model,
@@ -31,7 +31,7 @@ from malmen_repro.replication.paper_models import (
     SPECIAL_TOKENS,
     Item,
     PaperModelError,
-    Run,
+    PlannedRun,
     activation_memory,
     architecture,
     cached_tokens,
@@ -93,7 +93,7 @@ def pairs_for(name):
 def test_the_paper_edits_four_models():
     assert NAMES == ["BERT-base", "GPT-2", "T5-XL", "GPT-J"]
     assert [about.figure for about in PAPER_MODELS.values()] == ["Fig. 4", "Fig. 5", "Fig. 6", "Fig. 7"]
-    assert {about.family for about in PAPER_MODELS.values()} == set(FAMILIES)
+    assert {about.family for about in PAPER_MODELS.values()} == set(PAPER_FAMILIES)
 
 
 @pytest.mark.parametrize("name, ends", list(zip(NAMES, [(4, 12), (6, 12), (8, 14), (5, 14)], strict=True)))
@@ -144,7 +144,7 @@ def test_skeletons_have_the_published_size_and_no_memory(name, skeletons):
     assert model.num_parameters() == about.parameters
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert {parameter.dtype for parameter in model.parameters()} == {about.dtype}
-    assert family_of(model) is FAMILIES[about.family]
+    assert family_of(model) is PAPER_FAMILIES[about.family]
     printed = float(about.size_in_paper[:-1]) * {"M": 1e6, "B": 1e9}[about.size_in_paper[-1]]
     assert about.parameters == pytest.approx(printed, rel=0.02)
 
@@ -575,13 +575,14 @@ def test_hours_are_operations_over_speed():
 
 
 def test_runs(skeletons):
-    model, run = skeletons["GPT-2"], Run(512, steps=100)
+    model, run = skeletons["GPT-2"], PlannedRun(512, steps=100)
     training, scoring = run_hours("GPT-2", run, model)
     assert training > 0 < scoring
     assert run_hours("GPT-2", replace(run, steps=200), model)[0] == pytest.approx(2 * training)
-    assert run_hours("GPT-2", Run(512, "FT"), model)[0] == 0 < run_hours("GPT-2", Run(512, "FT"), model)[1]
-    assert run_disk("GPT-2", Run(512, "FT")) == run_disk("GPT-2", Run(512, "MEMIT")) == 0
-    memit = Run(512, "MEMIT", critical=(1, 2, 3))
+    tuned = PlannedRun(512, "FT")
+    assert run_hours("GPT-2", tuned, model)[0] == 0 < run_hours("GPT-2", tuned, model)[1]
+    assert run_disk("GPT-2", tuned) == run_disk("GPT-2", PlannedRun(512, "MEMIT")) == 0
+    memit = PlannedRun(512, "MEMIT", critical=(1, 2, 3))
     training, scoring = run_hours("GPT-2", memit, model)
     assert training == 0 < scoring < run_hours("GPT-2", replace(memit, num_facts=1024), model)[1]
     assert run_disk("GPT-2", run) == 3 * run_disk("GPT-2", replace(run, seeds=1)) > 0
@@ -598,9 +599,10 @@ def test_activations_grow_with_rows(skeletons):
 
 
 def test_needs_table(skeletons):
-    runs = (Run(8192, steps=30), Run(8192, "MEND", steps=30), Run(16384, steps=15), Run(64, "FT"))
+    trained = PlannedRun(8192, steps=30), PlannedRun(8192, "MEND", steps=30), PlannedRun(16384, steps=15)
+    runs = (*trained, PlannedRun(64, "FT"))
     one = Item("scaling_gptj", "Fig. 7", "GPT-J", runs)
-    two = Item("failures", "Tables 4 and 5", "GPT-J", (Run(8192, steps=30, seeds=1),))
+    two = Item("failures", "Tables 4 and 5", "GPT-J", (PlannedRun(8192, steps=30, seeds=1),))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in needs_table([one, two]).splitlines()]
     assert {len(line) for line in lines} == {11} and len(lines) == 5
     assert lines[2][1] == "`malmen-repro reproduce scaling_gptj --tier paper --data DIR`"
@@ -609,7 +611,7 @@ def test_needs_table(skeletons):
     assert lines[3][10] == "4.4 (Table 2, A40)" and lines[3][6] == "1"
     alone = [float(line[7]) for line in lines[2:4]]
     assert float(lines[4][7]) < sum(alone) + 1  # the editor of the second item is one of the first's
-    with_memit = replace(one, runs=(*runs, Run(64, "MEMIT", critical=(3, 4))))
+    with_memit = replace(one, runs=(*runs, PlannedRun(64, "MEMIT", critical=(3, 4))))
     line = [cell.strip() for cell in needs_table([with_memit]).splitlines()[2].split("|")[1:-1]]
     assert float(line[8]) > 0 and float(line[7]) == pytest.approx(alone[0] + float(line[8]), abs=0.11)
     assert float(line[5]) > float(lines[2][5]) and line[4] == lines[2][4]  # key statistics lie on disk

@@ -11,9 +11,9 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel, GPTJFor
 from malmen_repro.facts import LABELS, MalmenError, check_facts, digest
 from malmen_repro.replication import stand_ins
 from malmen_repro.replication.stand_ins import (
-    ARCHITECTURES,
     CLAIMS,
     PEOPLE,
+    TINY_ARCHITECTURES,
     TOWNS,
     StandInError,
     TinyConfig,
@@ -32,7 +32,7 @@ from malmen_repro.replication.stand_ins import (
 
 WORLD = invent_world(seed=0)
 SMALL = {"width": 16, "heads": 2, "inner": 24, "known": 60, "evaluation": 40, "steps": 3, "batch_size": 16}
-KINDS = list(ARCHITECTURES)
+KINDS = list(TINY_ARCHITECTURES)
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +46,13 @@ def one_world(monkeypatch):
 def small_config(name, **options):
     """A configuration of an architecture in a size for tests."""
     rotary = {"rotary": 4} if name == "gptj" else {}
-    return replace(ARCHITECTURES[name].config(), **{**SMALL, **rotary, **options})
+    return replace(TINY_ARCHITECTURES[name].config(), **{**SMALL, **rotary, **options})
 
 
 def model_for(config):
     """A random model with the tokenizer of a small world."""
     parts = world_parts(config, people=20, towns=12)
-    tokenizer = word_tokenizer(words_of(parts.known + parts.edits), ARCHITECTURES[config.architecture].template)
+    tokenizer = word_tokenizer(words_of(parts.known + parts.edits), TINY_ARCHITECTURES[config.architecture].template)
     return tiny_model(config, tokenizer), parts
 
 
@@ -175,9 +175,9 @@ def test_a_template_adds_its_tokens(template, expected):
     ],
 )
 def test_each_architecture_is_the_real_one_and_tiny(name, kind, family, layers):
-    config = ARCHITECTURES[name].config()
+    config = TINY_ARCHITECTURES[name].config()
     parts = world_parts(config)
-    lm = tiny_model(config, word_tokenizer(words_of(parts.known + parts.edits), ARCHITECTURES[name].template))
+    lm = tiny_model(config, word_tokenizer(words_of(parts.known + parts.edits), TINY_ARCHITECTURES[name].template))
     assert type(lm.model) is kind and lm.family.name == family and list(lm.layers) == layers
     assert set(lm.shapes.values()) == {(config.width, config.inner)}
     assert 800_000 < lm.model.num_parameters() < 1_000_000
