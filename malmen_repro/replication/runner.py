@@ -350,7 +350,7 @@ def check_same_bench(
     records: Iterable[dict[str, Any]],  # those that the run goes on from
     out_dir: Path,
 ) -> None:
-    "Raises `ExperimentError` for a set that the bench has not got, `RecordConflictError` for records of another bench."
+    "Raises `ExperimentError` for a set that the bench lacks, `RecordConflictError` for records of another bench."
     if cell.data_set not in bench.eval_facts:
         have = ", ".join(bench.eval_facts)
         raise ExperimentError(f"the {cell.tier} tier has no set of facts {cell.data_set!r}; it has: {have}")
