@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREY', 'DARK', 'PALE', 'STEPS', 'SIDE_BY_SIDE', 'SMALL_SIZES', 'TOP', 'BOTTOM', 'canvas', 'box',
            'label', 'arrow', 'draw_concatenated', 'Step', 'draw_split', 'BlockPart', 'place_of', 'stacks_of',
-           'last_block', 'small_model', 'draw_architectures']
+           'last_block', 'small_shapes', 'draw_architectures']
 
 # %% ../../nbs/replication/48_procedures.ipynb #c6e38288
 import re
@@ -262,7 +262,7 @@ SMALL_SIZES: dict[str, dict[str, int]] = {  # fields of each model's configurati
 }
 
 
-def small_model(
+def small_shapes(
     name: str,  # a key of `PAPER_MODELS`
     dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:

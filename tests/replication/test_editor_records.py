@@ -16,7 +16,7 @@ from malmen_repro.replication.editor_records import (
     key_record,
     made_editor,
     memory_record,
-    random_model,
+    random_decoder,
     recall_record,
     recall_rows,
     speed_record,
@@ -71,7 +71,7 @@ def tiny(world):
     "The tiny stand-in's architecture and its world."
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(editor_records, "world_parts", lambda _: world)
-        return random_model("tiny"), world.known, world.edits
+        return random_decoder("tiny"), world.known, world.edits
 
 
 @pytest.mark.parametrize("method", ["MALMEN", "MEND", "FT-W", "MEMIT"])
@@ -95,7 +95,7 @@ def test_memory_of_some_methods(tiny, monkeypatch):
 
 def test_both_models_have_the_words_of_the_tiny_world(tiny, world, monkeypatch):
     monkeypatch.setattr(editor_records, "world_parts", lambda _: world)
-    one, other = tiny[0], random_model("small")
+    one, other = tiny[0], random_decoder("small")
     assert len(one.tokenizer) == len(other.tokenizer)
     assert other.model.num_parameters() > 5 * one.model.num_parameters()
 

@@ -11,15 +11,15 @@ from malmen_repro.replication.editor_tables import (
     TOLERANCE,
     as_printed,
     coachhook_table,
-    cost_table,
     draw_effects,
     draw_parts,
     draw_scores,
+    editor_cost_table,
+    editor_score_table,
     effect_table,
     effect_verdict,
     effects,
     read_costs,
-    score_table,
     zsre_table,
 )
 from malmen_repro.replication.plans import METHODS
@@ -40,7 +40,7 @@ def cells(table):
 
 def test_score_table():
     records = [record("MALMEN", m, seed, 0.5 + seed / 10) for m in (16, 64) for seed in (0, 1)]
-    rows = cells(score_table([*records, record("FT", 16, mean=1.0)], ("FT", "MALMEN"), (16, 64)))
+    rows = cells(editor_score_table([*records, record("FT", 16, mean=1.0)], ("FT", "MALMEN"), (16, 64)))
     assert rows[0] == ["FT", "100.0 / 100.0 / 100.0", "–"]
     assert rows[1] == ["MALMEN", "55.0 / 55.0 / 55.0", "55.0 / 55.0 / 55.0"]  # the mean of two seeds
     assert rows[2] == ["unedited", "– / – / 90.0", "– / – / 90.0"]
@@ -67,7 +67,7 @@ def test_costs(tmp_path):
 def test_cost_table(tmp_path):
     trainings = ((16, 0, 1), (64, 0, 5), (64, 1, 7), (64, 2, 60))
     records = [record("MALMEN", m, seed, training=seconds) for m, seed, seconds in trainings]
-    rows = cells(cost_table([*records, record("ROME", 64)], "tiny", ("MALMEN", "ROME"), 64, costs_in(tmp_path)))
+    rows = cells(editor_cost_table([*records, record("ROME", 64)], "tiny", ("MALMEN", "ROME"), 64, costs_in(tmp_path)))
     assert rows[0] == ["MALMEN", "7 s", "2,000", "64.0", "4096.0", "a training set"]  # the median, at this m
     assert rows[1] == ["ROME", "1 s", "2.0", "3.0", "3.0", "subjects, a corpus"]
 

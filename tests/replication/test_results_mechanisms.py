@@ -26,7 +26,7 @@ from malmen_repro.replication.memory import (
     memory_finding,
 )
 from malmen_repro.replication.paper_models import PAPER_MODELS
-from malmen_repro.replication.procedures import SIDE_BY_SIDE, STEPS, last_block, small_model, stacks_of
+from malmen_repro.replication.procedures import SIDE_BY_SIDE, STEPS, last_block, small_shapes, stacks_of
 from malmen_repro.replication.records import committed_records, read_records, versions
 from malmen_repro.replication.verdicts import failure_counts, lost_in_part
 from malmen_repro.training import Block, TrainingConfig, meta_gradient
@@ -52,7 +52,7 @@ def questions(name, offset):
 
 def small_editor(name):
     "Away from its starting point, so that no part of its gradient is zero by construction."
-    editor = MALMEN(small_model(name, torch.float64), EditorConfig(rank=4, learning_rate=0.3))
+    editor = MALMEN(small_shapes(name, torch.float64), EditorConfig(rank=4, learning_rate=0.3))
     editor.networks.double()
     torch.manual_seed(1)
     for parameter in editor.parameters():
@@ -94,7 +94,7 @@ ATTENTION_AND_NETWORK = {
 
 @pytest.mark.parametrize("name", list(PAPER_MODELS))
 def test_fig_3_has_two_modules_side_by_side_where_they_read_one_tensor(name):
-    lm, seen = small_model(name), []
+    lm, seen = small_shapes(name), []
     for path in ATTENTION_AND_NETWORK[name]:
         lm.model.get_submodule(path).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     lm.answer_logits(next(lm.batches(questions(name, 0))))

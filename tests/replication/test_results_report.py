@@ -11,9 +11,9 @@ import pytest
 
 from malmen_repro import cli
 from malmen_repro.replication.costs import (
+    COSTED_SCALING,
     MALMEN_FACT,
     MEMIT_FACT,
-    SCALING,
     TRAINED_PER_EDIT,
     counted_and_measured,
     edit_costs,
@@ -64,7 +64,7 @@ def source(name):
 # --- notebook 69: seconds
 
 
-@pytest.mark.parametrize("name", SCALING)
+@pytest.mark.parametrize("name", COSTED_SCALING)
 def test_an_edit_takes_less_than_its_training(name):
     edits = [r for r in committed(name, "tiny") if r["configuration"]["cell"]["method"] == "MALMEN"]
     assert edits and all(r["seconds"]["editing"] < r["seconds"]["training"] for r in edits)
@@ -212,7 +212,7 @@ def test_other_settings():
 
 
 def test_sizes_of_the_language_models():
-    millions = {tier: {r["model"]["parameters"] / 1e6 for name in SCALING for r in committed(name, tier)}
+    millions = {tier: {r["model"]["parameters"] / 1e6 for name in COSTED_SCALING for r in committed(name, tier)}
                 for tier in ("tiny", "small")}  # fmt: skip
     assert max(millions["tiny"]) < 1
     assert (round(min(millions["small"])), round(max(millions["small"]))) == (3, 13)
