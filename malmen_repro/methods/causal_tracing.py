@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..evaluation import answer_predictions
-from ..facts import Fact, MalmenError, NoFactsError
+from ..facts import Fact, MalmenError, NoFactsError, optional
 from ..keys_and_gradients import at_least_float32
 from ..language_models import LanguageModel, TokenBatch, feed_forward, match_layers
 from .key_statistics import until_seen
@@ -396,8 +396,8 @@ def draw_traces(
     traces: Sequence[Mapping[str, Any]],  # from `Trace.summary`, of the same facts; a panel each
 ):  # a matplotlib figure
     "Fig. 8: effects by role and block, on one scale. Raises `TracingError` if there is nothing to draw."
-    import seaborn as sns
-    from matplotlib.figure import Figure
+    sns = optional("seaborn", "replication")
+    Figure = optional("matplotlib.figure", "replication").Figure
 
     if not traces:
         raise TracingError("there are no traces to draw")
@@ -477,7 +477,7 @@ def draw_severed(
     severed: Mapping[str, Mapping[str, Mapping[str, list]]],  # of a `tracing_record`
 ):  # a matplotlib figure
     "Fig. 3: three bars a block with their intervals; beside it the same from the networks' inputs on."
-    from matplotlib.figure import Figure
+    Figure = optional("matplotlib.figure", "replication").Figure
 
     colours = dict(zip(SEVERED, ("tab:purple", "tab:red", "tab:green"), strict=True))
     blocks = np.arange(len(next(iter(severed.values()))["plain"]["mean"]))

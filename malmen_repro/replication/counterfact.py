@@ -42,6 +42,7 @@ from malmen_repro.facts import (
     _text,
     _texts,
     check_facts,
+    optional,
 )
 from ..keys_and_gradients import at_least_float32
 from ..language_models import LanguageModel, _token_ids
@@ -554,7 +555,8 @@ def reference_score(
     references: Sequence[Sequence[str]],  # of each case, texts about its new object; all give the words their weights
 ) -> Float[np.ndarray, " cases"]:  # in [0, 1]; NaN for a case without texts or without references
     "RS: cosine of TF-IDF vectors, 0 for a text without words. Raises `CounterfactError` if numbers of cases differ."
-    from sklearn.feature_extraction.text import TfidfVectorizer  # here: it takes a second, and few need it
+    # Here: it takes a second, and few need it.
+    TfidfVectorizer = optional("sklearn.feature_extraction.text", "replication").TfidfVectorizer
 
     if len(texts) != len(references):
         raise CounterfactError(f"texts of {len(texts)} cases, references of {len(references)}: give both of each case")

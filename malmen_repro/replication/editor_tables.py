@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..evaluation import markdown_table
+from ..facts import optional
 from .figures import PAPER_MEASURES, mean_at, scaling_points
 from .records import Record
 from .released_code import VARIANTS
@@ -228,7 +229,7 @@ def draw_effects(
     figure,  # an empty matplotlib figure, about 11 by 4.6 inches
 ) -> None:
     "Differences in points; the middle part of the axis is linear, the rest logarithmic."
-    import seaborn as sns
+    sns = optional("seaborn", "replication")
 
     methods, colours = list(VARIANTS), {16: "#0072b2", 64: "#d55e00"}
     with sns.axes_style("whitegrid"):
@@ -268,7 +269,7 @@ def draw_parts(
     figure,  # an empty matplotlib figure, about 11 by 9 inches
 ) -> None:
     "ES, GS and LS against the number of facts, a row of panels for each of `PARTS`."
-    import seaborn as sns
+    sns = optional("seaborn", "replication")
 
     sizes = sorted({record["configuration"]["cell"]["num_facts"] for record in records})
     with sns.axes_style("whitegrid"):
@@ -296,7 +297,7 @@ def draw_scores(
     figure,  # an empty matplotlib figure, about 3 inches high and 4 wide for each panel
 ) -> None:
     "Histograms of z-scores beside thresholds, a panel for each title."
-    import seaborn as sns
+    sns = optional("seaborn", "replication")
 
     grid = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for ax, (title, groups) in zip(grid, panels.items(), strict=True):

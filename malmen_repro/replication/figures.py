@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import markdown_table
+from ..facts import optional
 from .bench_settings import MIXTURES
 from .extra_measures import pooled_means
 from .plans import EXPERIMENTS, METHODS
@@ -172,7 +173,7 @@ def save_figure(
     path: str | Path,  # without suffix
 ) -> list[Path]:  # the PNG and the SVG
     "Write a figure as PNG and SVG, the same bytes for the same figure."
-    import matplotlib
+    matplotlib = optional("matplotlib", "replication")
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,8 +194,8 @@ def panels(
     sharey: bool = False,
 ) -> Iterator[tuple[Any, Any]]:  # figure and grid of axes
     "A figure with its title, written when it is done. Raises `RecordError` if there is nothing to draw."
-    import seaborn as sns
-    from matplotlib.figure import Figure
+    sns = optional("seaborn", "replication")
+    Figure = optional("matplotlib.figure", "replication").Figure
 
     if not records:
         raise RecordError("there are no records to draw; run the experiment first")
@@ -245,7 +246,7 @@ def logarithmic_axis(ax, ms: Sequence[int]) -> None:
 
 def per_cent_axis(ax) -> None:
     "An axis of a share, from 0 to 100 per cent."
-    from matplotlib.ticker import PercentFormatter
+    PercentFormatter = optional("matplotlib.ticker", "replication").PercentFormatter
 
     ax.set_ylim(-0.02, 1.02)
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
@@ -253,7 +254,7 @@ def per_cent_axis(ax) -> None:
 
 def _panel(ax, points: Sequence[dict[str, Any]], measure: str) -> None:
     "One measure of one data set."
-    import seaborn as sns
+    sns = optional("seaborn", "replication")
 
     ms = sorted({point["num_facts"] for point in points})
     points = [point for point in points if not math.isnan(point[measure][0])]
@@ -349,7 +350,7 @@ def draw_residuals(
     path: str | Path | None = None,  # without suffix
 ):  # a matplotlib figure
     "Fig. 8 twice: each method in its own way, and both ways on one editor's value differences; a thin line a layer."
-    import seaborn as sns
+    sns = optional("seaborn", "replication")
 
     rows = residual_points(records)
     sets = list(dict.fromkeys(row["data_set"] for row in rows))
@@ -440,7 +441,7 @@ def draw_sequences(
     path: str | Path | None = None,  # without suffix
 ):  # a matplotlib figure
     "Table 3 as curves: MEND with either weight on locality."
-    from matplotlib.ticker import PercentFormatter
+    PercentFormatter = optional("matplotlib.ticker", "replication").PercentFormatter
 
     points = sequence_points(records)
     note = "mean and standard deviation over seeds" if points and points[0]["seeds"] > 1 else "1 seed"
@@ -544,7 +545,7 @@ def draw_cases(
     path: str | Path | None = None,  # without suffix
 ):  # a matplotlib figure
     "MEMIT's Fig. 5: each of CounterFact's measures against the number of facts, a row of panels for each set."
-    from matplotlib.ticker import ScalarFormatter
+    ScalarFormatter = optional("matplotlib.ticker", "replication").ScalarFormatter
 
     points, names = case_points(records), ("S", "ES", "PS", "NS", "GE")
     sets = list(dict.fromkeys(point["data_set"] for point in points))
@@ -567,7 +568,7 @@ def draw_mixtures(
     path: str | Path | None = None,  # without suffix
 ):  # a matplotlib figure
     "MEMIT's Fig. 7: S on facts of two relations beside S on either, a panel for each pair of relations and method."
-    import seaborn as sns
+    sns = optional("seaborn", "replication")
 
     points = case_points(records)
     curves: dict[tuple[str, str], dict[int, tuple[float, float, float]]] = defaultdict(dict)

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ..editors import EDITORS, Editor, EditorConfig
-from ..facts import MalmenError, sha256
+from ..facts import MalmenError, optional, sha256
 from ..language_models import EncodedPair, LanguageModel
 from ..normal_equation import aggregate
 from ..progress import progress_bar
@@ -426,8 +426,8 @@ def draw_memory(
     up_to: int = 2**13,  # m, the end of the paper's range
 ):  # a matplotlib figure
     "Fig. 9: peak bytes against m. Raises `RecordError` if there is nothing to draw."
-    import seaborn as sns
-    from matplotlib.figure import Figure
+    sns = optional("seaborn", "replication")
+    Figure = optional("matplotlib.figure", "replication").Figure
 
     from malmen_repro.replication.figures import save_figure  # a later notebook may list this figure
 

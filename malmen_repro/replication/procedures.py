@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..facts import optional
 from ..language_models import LanguageModel, feed_forward, linear_layers, match_layers, weight_view
 from .paper_models import PAPER_MODELS, edited_layers, random_model, skeleton
 
@@ -27,7 +28,7 @@ def canvas(
     height: float | int,
 ):  # a matplotlib figure and its axes
     "An empty sheet whose units are inches."
-    from matplotlib.figure import Figure
+    Figure = optional("matplotlib.figure", "replication").Figure
 
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -50,7 +51,7 @@ def box(
     **options,  # of the text
 ) -> None:
     "A box with text in its middle."
-    from matplotlib.patches import FancyBboxPatch
+    FancyBboxPatch = optional("matplotlib.patches", "replication").FancyBboxPatch
 
     shape = f"round,pad=0,rounding_size={min(0.08, height / 4, width / 4)}"
     look = {"edgecolor": colour, "facecolor": face or PALE[colour], "linestyle": "--" if dashed else "-"}
@@ -79,7 +80,7 @@ def arrow(
     **options,  # of the arrow
 ) -> None:
     "An arrow from one point to another."
-    from matplotlib.patches import FancyArrowPatch
+    FancyArrowPatch = optional("matplotlib.patches", "replication").FancyArrowPatch
 
     look = {"arrowstyle": "-|>", "mutation_scale": 11, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0}
     way = {"connectionstyle": f"arc3,rad={bend}"}
@@ -300,7 +301,7 @@ def _draw_model(axes, left: float, name: str) -> None:
 
 def _draw_stack(axes, x: float, stack: str, count: int, edited: set[int], titled: bool) -> None:
     "A column of blocks, the first at the bottom."
-    from matplotlib.patches import Rectangle
+    Rectangle = optional("matplotlib.patches", "replication").Rectangle
 
     height = (TOP - BOTTOM) / count
     for i in range(count):

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from malmen_repro.facts import LABELS, Fact
-from malmen_repro.language_models import FAMILIES as MODEL_FAMILIES
-from malmen_repro.language_models import ModelNotFoundError
+from malmen_repro.language_models import FAMILIES, ModelNotFoundError
 from malmen_repro.replication import benches, paper_models, small_training, stand_ins
 from malmen_repro.replication.benches import (
-    FAMILIES,
+    PAPER_FAMILIES,
     TIERS,
     TUNED,
     BenchError,
@@ -39,19 +38,19 @@ def toy_bench(seed=0):
 # --- families
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PAPER_FAMILIES)
 def test_a_family_names_a_model_of_the_paper(name):
-    family = FAMILIES[name]
+    family = PAPER_FAMILIES[name]
     about = PAPER_MODELS[family.paper_model]
-    assert about.model_type == family.architecture.split("-")[0] and about.family in MODEL_FAMILIES
+    assert about.model_type == family.architecture.split("-")[0] and about.family in FAMILIES
     assert (family.task == "fact verification") == (about.family == "encoder-classifier") == (name == "classifier")
 
 
 def test_families_and_models_of_the_paper_are_the_same_four():
     further = ("subjects", "questions", "base")  # stand-ins for GPT-2 once more
-    ours = {name: family.paper_model for name, family in FAMILIES.items() if name not in further}
+    ours = {name: family.paper_model for name, family in PAPER_FAMILIES.items() if name not in further}
     assert set(ours.values()) == set(PAPER_MODELS) and len(ours) == 4
-    assert {FAMILIES[name].paper_model for name in further} == {"GPT-2"}
+    assert {PAPER_FAMILIES[name].paper_model for name in further} == {"GPT-2"}
 
 
 # --- files
@@ -70,13 +69,13 @@ def test_only_file(tmp_path):
 # --- what a tier needs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PAPER_FAMILIES)
 @pytest.mark.parametrize("tier", ["tiny", "shapes"])
 def test_tiers_that_need_nothing(tier, family):
     assert check_tier(tier, None, family) is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PAPER_FAMILIES)
 @pytest.mark.parametrize("tier", ["small", "paper"])
 def test_tiers_without_data_fail_at_once(tier, family, tmp_path):
     with pytest.raises(MissingDataError, match=f"the {tier} tier needs real facts.*MALMEN_DATA.*--tier tiny"):
@@ -98,7 +97,7 @@ def small_files(folder, family):
         (folder / file).write_bytes(b"")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PAPER_FAMILIES)
 def test_the_small_tier_needs_data_only(family, tmp_path):
     small_files(tmp_path, family)
     assert check_tier("small", tmp_path, family) is None
@@ -138,7 +137,7 @@ def test_unknown_tiers_and_families():
     with pytest.raises(UnknownTierError, match=f"no tier 'huge'; there are: {', '.join(TIERS)}"):
         check_tier("huge", None)
     for tier in TIERS:
-        with pytest.raises(UnknownTierError, match=f"no family 'rnn'; there are: {', '.join(FAMILIES)}"):
+        with pytest.raises(UnknownTierError, match=f"no family 'rnn'; there are: {', '.join(PAPER_FAMILIES)}"):
             check_tier(tier, None, "rnn")
     with pytest.raises(UnknownTierError, match="no tier 'huge'"):
         bench_loader(None, "c")("huge", "decoder", 0)
@@ -185,7 +184,7 @@ def test_paper_tier_without_the_hub_says_what_can_be_run(tmp_path):
     for family in ("decoder", "encoder-decoder", "gptj"):
         with pytest.raises(ModelNotFoundError, match="the tiny tier needs neither.*--tier small") as caught:
             check_tier("paper", tmp_path, family)
-        assert PAPER_MODELS[FAMILIES[family].paper_model].hub in str(caught.value)
+        assert PAPER_MODELS[PAPER_FAMILIES[family].paper_model].hub in str(caught.value)
     (tmp_path / "zsre" / "y_train.jsonl").write_text("")
     with pytest.raises(MissingDataError, match="2 files"):
         check_tier("paper", tmp_path)
@@ -294,7 +293,7 @@ def test_shapes_bench(monkeypatch, family):
     monkeypatch.setattr(benches, "invent_world", world)
     bench = shapes_bench(family, 3)
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    assert asked == [(FAMILIES[family].paper_model, where, 3, 3 * (8 + 6))]
+    assert asked == [(PAPER_FAMILIES[family].paper_model, where, 3, 3 * (8 + 6))]
     assert list(bench.eval_facts) == ["world"] and len(bench.train_facts) == len(bench.eval_facts["world"]) == 4
     prompts = [fact.prompt for fact in bench.train_facts + bench.eval_facts["world"]]
     assert len(set(prompts)) == 8
@@ -350,7 +349,7 @@ def built(monkeypatch, tmp_path):
     for name in ("zsre", "fever"):
         for split in ("train", "eval"):
             write_rows(tmp_path / name / f"{split}.json", [])
-    for family in FAMILIES:
+    for family in PAPER_FAMILIES:
         small_files(tmp_path, family)
     for name in ("zsre", "fever"):  # the paper tier wants one file a split
         for path in (tmp_path / name).glob("*.json"):
@@ -369,9 +368,13 @@ def test_bench_loader_remembers_the_last_bench(built, tmp_path):
 def test_another_family_is_another_bench(built, tmp_path):
     bench_for = bench_loader(tmp_path, str(tmp_path / "cache"))
     for tier in TIERS:
-        made = [bench_for(tier, family, 0) for family in FAMILIES]
-        assert len({id(bench) for bench in made}) == len(FAMILIES)
-    wanted = [(tier, FAMILIES[f].architecture if tier in ("tiny", "small") else f) for tier in TIERS for f in FAMILIES]
+        made = [bench_for(tier, family, 0) for family in PAPER_FAMILIES]
+        assert len({id(bench) for bench in made}) == len(PAPER_FAMILIES)
+    wanted = [
+        (tier, about.architecture if tier in ("tiny", "small") else family)
+        for tier in TIERS
+        for family, about in PAPER_FAMILIES.items()
+    ]
     assert [call[:2] for call in built] == wanted
     assert all(call[3:] == (tmp_path / "cache", True) for call in built if call[0] in ("tiny", "small"))
 

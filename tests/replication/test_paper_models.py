@@ -13,7 +13,7 @@ from malmen_repro.editors import MALMEN, MEND, EditorConfig
 from malmen_repro.facts import Fact, MalmenError
 from malmen_repro.keys_and_gradients import capture
 from malmen_repro.language_models import (
-    PAPER_FAMILIES,
+    FAMILIES,
     LanguageModel,
     ModelNotFoundError,
     check_model,
@@ -93,7 +93,7 @@ def pairs_for(name):
 def test_the_paper_edits_four_models():
     assert NAMES == ["BERT-base", "GPT-2", "T5-XL", "GPT-J"]
     assert [about.figure for about in PAPER_MODELS.values()] == ["Fig. 4", "Fig. 5", "Fig. 6", "Fig. 7"]
-    assert {about.family for about in PAPER_MODELS.values()} == set(PAPER_FAMILIES)
+    assert {about.family for about in PAPER_MODELS.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name, ends", list(zip(NAMES, [(4, 12), (6, 12), (8, 14), (5, 14)], strict=True)))
@@ -144,7 +144,7 @@ def test_skeletons_have_the_published_size_and_no_memory(name, skeletons):
     assert model.num_parameters() == about.parameters
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert {parameter.dtype for parameter in model.parameters()} == {about.dtype}
-    assert family_of(model) is PAPER_FAMILIES[about.family]
+    assert family_of(model) is FAMILIES[about.family]
     printed = float(about.size_in_paper[:-1]) * {"M": 1e6, "B": 1e9}[about.size_in_paper[-1]]
     assert about.parameters == pytest.approx(printed, rel=0.02)
 
