@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from malmen_repro import progress
 from malmen_repro.facts import Fact, NoFactsError
 from malmen_repro.language_models import FEED_FORWARD, LanguageModel
 from malmen_repro.methods.causal_tracing import (
@@ -657,7 +658,8 @@ def test_a_role_that_no_fact_has(gpt2):
 
 
 @pytest.mark.parametrize("run", [trace, severed_effects])
-def test_progress(gpt2, run, capsys):
+def test_progress(gpt2, run, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "in_notebook", lambda: True)  # where somebody looks on
     run(gpt2, FACTS, samples=1, only_known=False)
     assert "causal tracing" not in capsys.readouterr().err
     run(gpt2, FACTS, samples=1, only_known=False, progress=True)
