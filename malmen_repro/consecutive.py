@@ -23,7 +23,7 @@ from .keys_and_gradients import KeysAndGradients
 from .language_models import LanguageModel, fingerprint, module_hash, same_model
 from .normal_equation import StreamingNormalEquation
 from .protocol import AnyEditor, EditorError
-from .weight_shifts import Edit, WeightShift, read_tensors, write_tensors
+from .weight_shifts import StoredEdit, WeightShift, read_tensors, write_tensors
 
 # %% ../nbs/13_consecutive.ipynb #545b33be
 class RememberingMALMEN(MALMEN):
@@ -153,7 +153,7 @@ class ConsecutiveRun(Protocol):
     def reset(self) -> None:
         "Forget all batches."
 
-    def edit(self, facts: Sequence[Fact], batch_size: int = 32, progress: bool = False) -> Edit:
+    def edit(self, facts: Sequence[Fact], batch_size: int = 32, progress: bool = False) -> StoredEdit:
         "Take in a batch; the edit is that of all batches so far."
 
     def save(self, folder: str | Path) -> Path:

@@ -27,7 +27,7 @@ from .language_models import EncodedPair, LanguageModel, fingerprint, same_model
 from .normal_equation import Factor, StreamingNormalEquation, factorize
 from .progress import progress_bar
 from .protocol import EditorError, Needs
-from .weight_shifts import Edit, WeightShift, check_finite
+from .weight_shifts import StoredEdit, WeightShift, check_finite
 
 # %% ../nbs/10_editors.ipynb #339971da
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Editor(FactReader):
     "An editor of one language model. `MEND` and `MALMEN` say how a layer's tokens become its shift."
 
     needs: ClassVar[Needs] = Needs(training=True)
-    gives: ClassVar[type[Edit]] = WeightShift
+    gives: ClassVar[type[StoredEdit]] = WeightShift
     paper_config: ClassVar[EditorConfig] = EditorConfig()
 
     def outputs(self, layer: str, cached: KeysAndGradients) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from .facts import Fact, MalmenError, near_misses
 from .language_models import LanguageModel
-from .weight_shifts import Edit, WeightShift
+from .weight_shifts import StoredEdit, WeightShift
 
 # %% ../nbs/09_protocol.ipynb #c6c4e502
 class EditorError(MalmenError, ValueError):
@@ -49,10 +49,10 @@ class Needs:
 # %% ../nbs/09_protocol.ipynb #67bf6650
 @runtime_checkable
 class AnyEditor(Protocol):
-    "Whatever edits: of facts and a language model it makes an `Edit`. MALMEN is one, `malmen_repro.methods` has more."
+    "Whatever edits: of facts and a language model it makes an edit. MALMEN is one, `malmen_repro.methods` has more."
 
     needs: ClassVar[Needs]  # before it can edit
-    gives: ClassVar[type[Edit]]  # class of its edits
+    gives: ClassVar[type[StoredEdit]]  # class of its edits
     paper_config: ClassVar[Any]  # its settings in its own paper, a frozen dataclass
 
     @property
@@ -83,7 +83,7 @@ class AnyEditor(Protocol):
         facts: Sequence[Fact],  # what the model shall say from now on
         batch_size: int = 32,  # rows in the language model at once: speed and memory, not the result
         progress: bool = False,  # show bars
-    ) -> Edit:
+    ) -> StoredEdit:
         "Edit all facts at once. Raises `FactError` for facts that cannot be edited together."
 
 # %% ../nbs/09_protocol.ipynb #d09e2daa
@@ -116,7 +116,7 @@ def find_editor(
 # %% ../nbs/09_protocol.ipynb #b32288b3
 def load_edit(
     path: str | Path,  # what an edit's `save` wrote
-) -> Edit:  # a `WeightShift`, or what another editor gives
+) -> StoredEdit:  # a `WeightShift`, or what another editor gives
     "Read an edit of any kind. Raises `WeightShiftError` for anything else."
     try:
         with safe_open(Path(path), framework="pt") as file:

@@ -23,7 +23,7 @@ from malmen_repro.protocol import (
     find_editor,
     load_edit,
 )
-from malmen_repro.weight_shifts import Edit, WeightShift, WeightShiftError
+from malmen_repro.weight_shifts import StoredEdit, WeightShift, WeightShiftError
 from tests.toy import toy_corpus, toy_facts, toy_model
 
 NAMES = ("CoachHooK", "FT", "FT-L", "FT-M", "FT-W", "LoRA", "MALMEN", "MEMIT", "MEND", "ROME")
@@ -96,7 +96,7 @@ def test_an_editor_edits_and_its_edit_is_read_again(name, tmp_path):
     assert isinstance(editor, AnyEditor) and editor.method == name
     before = {key: tensor.clone() for key, tensor in editor.lm.model.state_dict().items()}
     edit = editor.edit(facts)
-    assert isinstance(edit, Edit) and isinstance(edit, type(editor).gives) and edit.metadata["method"] == name
+    assert isinstance(edit, StoredEdit) and isinstance(edit, type(editor).gives) and edit.metadata["method"] == name
     assert all(torch.equal(tensor, before[key]) for key, tensor in editor.lm.model.state_dict().items())
     again = load_edit(edit.save(tmp_path / "edit"))
     assert type(again) is type(edit) and again.metadata == edit.metadata

@@ -24,7 +24,7 @@ from malmen_repro.methods.fine_tuning import FineTuning
 from malmen_repro.methods.fine_tuning_variants import LoRA, MaskedFineTuning
 from malmen_repro.methods.memit import MEMIT, ROME
 from malmen_repro.protocol import AnyEditor, Needs
-from malmen_repro.weight_shifts import Edit
+from malmen_repro.weight_shifts import StoredEdit
 
 
 def a_users_day(folder: Path) -> None:
@@ -43,7 +43,7 @@ def a_users_day(folder: Path) -> None:
     assert_type(evaluate(lm, facts, shift), Scores)
     assert_type(shift + shift - shift, WeightShift)
     assert_type(shift.save(folder / "shift"), Path)
-    assert_type(load_edit(folder / "shift"), Edit)
+    assert_type(load_edit(folder / "shift"), StoredEdit)
     assert_type(MALMEN.needs, Needs)
 
 
@@ -51,7 +51,7 @@ def every_editor_keeps_the_protocol(lm: LanguageModel, facts: list[Fact], corpus
     kinds: list[type[AnyEditor]] = [MALMEN, MEND, RememberingMALMEN, FineTuning, MaskedFineTuning, LoRA]
     kinds += [MEMIT, ROME, CoachHooK]
     editors: list[AnyEditor] = [kind.of(lm, corpus=corpus) for kind in kinds]
-    assert_type(editors[0].edit(facts), Edit)
+    assert_type(editors[0].edit(facts), StoredEdit)
     assert_type(find_editor("FT").of(lm), AnyEditor)
     assert_type(FineTuning.of(lm).edit(facts), WeightShift)
     assert_type(CoachHooK.of(lm, corpus=corpus).edit(facts), HookedShift | WeightShift)

@@ -26,7 +26,7 @@ from ..language_models import LanguageModel, fingerprint
 from .key_statistics import KeyStatistics, corpus_statistics, until_seen
 from .memit import MEMIT, MEMITConfig, SubjectRows, critical_layers, spread
 from ..protocol import EditorError, Needs
-from ..weight_shifts import Edit, WeightShift, WeightShiftError, overlaid, read_tensors, write_tensors
+from ..weight_shifts import StoredEdit, WeightShift, WeightShiftError, overlaid, read_tensors, write_tensors
 
 # %% ../../nbs/methods/26_coachhook.ipynb #9ad68f85
 def z_scores(
@@ -185,7 +185,7 @@ class CoachHooK:
 
     method: ClassVar[str] = "CoachHooK"
     needs: ClassVar[Needs] = Needs(subjects=True, corpus=True)
-    gives: ClassVar[type[Edit]] = HookedShift
+    gives: ClassVar[type[StoredEdit]] = HookedShift
     paper_config: ClassVar[CoachHooKConfig] = CoachHooKConfig()
 
     def __init__(

@@ -23,7 +23,7 @@ from ..keys_and_gradients import fine_tuning_loss
 from ..language_models import EncodedPair, LanguageModel, feed_forward, match_layers, weight_view
 from ..progress import progress_bar
 from ..protocol import EditorError, Needs
-from ..weight_shifts import Edit, NonFiniteShiftError, WeightShift, check_finite, overlaid
+from ..weight_shifts import NonFiniteShiftError, StoredEdit, WeightShift, check_finite, overlaid
 
 # %% ../../nbs/methods/20_fine_tuning.ipynb #c5ce5f7a
 def fine_tuned_layers(
@@ -97,7 +97,7 @@ class FineTuning:
 
     method: ClassVar[str] = "FT"
     needs: ClassVar[Needs] = Needs()
-    gives: ClassVar[type[Edit]] = WeightShift
+    gives: ClassVar[type[StoredEdit]] = WeightShift
     paper_config: ClassVar[FineTuningConfig] = FineTuningConfig()
 
     def __init__(

@@ -32,7 +32,7 @@ from ..language_models import EncodedPair, LanguageModel, TokenBatch, feed_forwa
 from .fine_tuning import FineTuningConfig, ShiftAdamW
 from ..progress import progress_bar
 from ..protocol import EditorError, Needs
-from ..weight_shifts import Edit, NonFiniteShiftError, WeightShift, check_finite, overlaid, swapped
+from ..weight_shifts import NonFiniteShiftError, StoredEdit, WeightShift, check_finite, overlaid, swapped
 
 # %% ../../nbs/methods/21_fine_tuning_variants.ipynb #89a1d9e9
 def answer_loss(
@@ -187,7 +187,7 @@ class SteppedEditor:
 
     method: str
     needs: ClassVar[Needs] = Needs()
-    gives: ClassVar[type[Edit]] = WeightShift
+    gives: ClassVar[type[StoredEdit]] = WeightShift
 
     def __init__(
         self,

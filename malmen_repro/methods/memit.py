@@ -36,7 +36,7 @@ from malmen_repro.methods.target_vectors import (
 from ..normal_equation import SingularGramError, condition_number
 from ..progress import progress_bar
 from ..protocol import EditorError, Needs
-from ..weight_shifts import Edit, WeightShift, check_finite, overlaid
+from ..weight_shifts import StoredEdit, WeightShift, check_finite, overlaid
 
 # %% ../../nbs/methods/24_memit.ipynb #e213e465
 class MemorySums:
@@ -211,7 +211,7 @@ class MEMIT:
 
     method: ClassVar[str] = "MEMIT"
     needs: ClassVar[Needs] = Needs(subjects=True, corpus=True)
-    gives: ClassVar[type[Edit]] = WeightShift
+    gives: ClassVar[type[StoredEdit]] = WeightShift
     paper_config: ClassVar[MEMITConfig] = MEMITConfig()
 
     def __init__(
@@ -299,7 +299,7 @@ class ROME:
 
     method: ClassVar[str] = "ROME"
     needs: ClassVar[Needs] = Needs(subjects=True, corpus=True)
-    gives: ClassVar[type[Edit]] = WeightShift
+    gives: ClassVar[type[StoredEdit]] = WeightShift
     paper_config: ClassVar[MEMITConfig] = MEMITConfig(target=ROME_TARGET)
 
     def __init__(

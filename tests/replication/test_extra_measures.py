@@ -8,7 +8,7 @@ import torch
 
 from malmen_repro.editors import EditorConfig
 from malmen_repro.keys_and_gradients import KeysAndGradients
-from malmen_repro.methods.coachhook import HookedShift
+from malmen_repro.methods.coachhook import CoachHooK, HookedShift
 from malmen_repro.replication import extra_measures
 from malmen_repro.replication.counterfact import Counterfactual, counterfact_scores
 from malmen_repro.replication.extra_measures import (
@@ -232,11 +232,11 @@ def test_a_block_without_a_measure_has_no_part_in_its_mean():
 # --- hook layers
 
 
-class HookEditor:
+class HookEditor(CoachHooK):
     "What `hook_use` looks at."
 
     def __init__(self, lm):
-        self.lm, self.grams = lm, {name: torch.zeros(d, d) for name, (_, d) in lm.shapes.items()}
+        self.lm, self.config, self.grams = lm, None, {name: torch.zeros(d, d) for name, (_, d) in lm.shapes.items()}
 
 
 def test_no_hook_layers_no_use(shifted):

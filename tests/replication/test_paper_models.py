@@ -312,7 +312,6 @@ def test_an_unreachable_hub_is_said_at_once():
     [
         ("no such name", "no folder no such name, and no model on the hub can have that name$"),
         ("nobody/nothing-of-this-name", "'nobody/nothing-of-this-name' is not on this machine.*or go online$"),
-        ("google/t5-xl-ssm-nq", "or go online; its shapes with random weights.*reproduce --random-weights$"),
         ("", "no config.json"),
     ],
 )
@@ -320,6 +319,11 @@ def test_names_that_lead_nowhere(name, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotFoundError, match=says):
         check_model(name)
+
+
+def test_a_model_of_the_paper_that_is_out_of_reach_has_its_shapes():
+    with pytest.raises(ModelNotFoundError, match="or go online; its shapes with random weights.*--random-weights$"):
+        paper_model("T5-XL")
 
 
 def test_a_folder_without_a_model(tmp_path):

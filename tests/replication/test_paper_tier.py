@@ -14,7 +14,7 @@ from malmen_repro.facts import LABELS, FactFileError, load_facts
 from malmen_repro.methods.fine_tuning import FineTuningConfig
 from malmen_repro.methods.memit import MEMITConfig
 from malmen_repro.methods.target_vectors import TargetConfig
-from malmen_repro.replication import benches, paper_models, runner, stand_ins
+from malmen_repro.replication import benches, commands, paper_models, runner, stand_ins
 from malmen_repro.replication.benches import TUNED, bench_loader, corpus_texts, paper_bench, paper_facts, with_subjects
 from malmen_repro.replication.paper_models import PAPER_MODELS
 from malmen_repro.replication.plans import EXPERIMENTS, METHODS, EvaluationConfig, ExperimentError, cells_of
@@ -136,7 +136,7 @@ def test_every_planned_method_of_the_shapes_runs_prints_and_draws(name, shapes, 
 
 @pytest.mark.parametrize("item", ["fig4", "fig5", "fig6", "fig7", "fig8", "table1", "table2", "table4", "table5"])
 def test_every_item_of_the_paper_tier_has_shapes(item):
-    for name in cli.experiments_called(item):
+    for name in commands.experiments_called(item):
         paper, shapes = (EXPERIMENTS[name].plans[tier] for tier in ("paper", "shapes"))
         assert set(paper.methods) - {"MALMEN untrained"} == set(shapes.methods)
         assert max(m for ms in shapes.num_facts.values() for m in ms) <= 64
@@ -153,9 +153,9 @@ def test_table_2_is_at_the_papers_m():
 @pytest.mark.parametrize(
     ("lacking", "reason"),
     [
-        ("corpus", "the bench has no corpus"),
+        ("corpus", "there is no corpus"),
         ("zsre_subjects", "12 of 12 facts name no subject"),
-        ("both", "12 of 12 facts name no subject and the bench has no corpus"),
+        ("both", "12 of 12 facts name no subject and there is no corpus"),
     ],
 )
 def test_what_cannot_run_is_named_first_and_left_out(published, tmp_path, lacking, reason, monkeypatch):

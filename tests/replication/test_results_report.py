@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from malmen_repro import cli
+from malmen_repro.replication import commands
 from malmen_repro.replication.costs import (
     COSTED_SCALING,
     MALMEN_FACT,
@@ -143,12 +144,12 @@ def test_the_commands_of_the_paper_tier_parse():
     assert len(ours) == 4
     for words in ours:
         args = cli.parser().parse_args(words)
-        assert all(cli.experiments_called(name) for name in getattr(args, "experiments", []))
+        assert all(commands.experiments_called(name) for name in getattr(args, "experiments", []))
     manifest = json.loads((ROOT / "data_scripts" / "manifest.json").read_text(encoding="utf-8"))
     fetched = [word for line in lines if "fetch.py" in line for word in line.split()[2:-2]]
     assert fetched and all(f'"{name}"' in json.dumps(manifest) for name in fetched)
     named = re.search(r"# or (.*)", block)[1].split(", ")
-    assert all(cli.experiments_called(name) for name in " ".join(named).replace(" or ", " ").split())
+    assert all(commands.experiments_called(name) for name in " ".join(named).replace(" or ", " ").split())
 
 
 # --- notebook 80: verdicts

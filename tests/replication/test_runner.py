@@ -485,7 +485,7 @@ def test_coachhook_starts_anew_for_each_block(tmp_path):
 
 def test_a_bench_without_a_corpus_has_no_memit(tmp_path):
     bench = replace(toy_bench(), corpus=[])
-    with pytest.raises(EmptyCorpusError, match="this bench has no corpus"):
+    with pytest.raises(EmptyCorpusError, match="there is no corpus"):
         ready_editor("MEMIT", bench, asdict(MEMIT_TOY) | {"blocks": [0]}, tmp_path, False)
 
 
