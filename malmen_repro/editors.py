@@ -119,7 +119,7 @@ class FactReader:
     @property
     def has_moments(self) -> bool:
         "Whether the normalisers have seen tokens of every layer."
-        return all(bool(network.keys.count.all()) for network in self.networks.values())
+        return training.has_moments(self.networks)
 
     def update_moments(
         self,

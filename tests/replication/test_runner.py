@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from malmen_repro import progress
 from malmen_repro.editors import EditorConfig
 from malmen_repro.evaluation import MEASURES, Scores, evaluate, plain
 from malmen_repro.facts import Fact, sha256
-from malmen_repro.methods.fine_tuning import FineTuningConfig, fine_tuned
+from malmen_repro.methods.fine_tuning import FineTuning, FineTuningConfig, fine_tuned
 from malmen_repro.methods.key_statistics import EmptyCorpusError
 from malmen_repro.normal_equation import SingularGramError
 from malmen_repro.protocol import find_editor
@@ -379,7 +380,8 @@ def test_a_bug_is_not_taken_for_a_breakdown(tmp_path, monkeypatch):
         run([cell()], tmp_path)
 
 
-def test_progress_bars_show(tmp_path, capsys):
+def test_progress_bars_show(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "in_notebook", lambda: True)  # where somebody looks on
     run([cell()], tmp_path, progress=True)
     shown_bars = capsys.readouterr().err
     assert "cells" in shown_bars and "train MALMEN" in shown_bars
@@ -495,14 +497,12 @@ def test_a_bench_without_a_corpus_has_no_memit(tmp_path):
 def test_all_at_once_is_one_edit():
     calls = []
 
-    class Editor:
-        lm, method = toy_model(), "toy"
-
+    class Noting(FineTuning):
         def edit(self, facts, batch_size, progress):
             calls.append(len(facts))
             return WeightShift({})
 
-    edited_in_batches(Editor(), toy_facts(7), 0, 8)
+    edited_in_batches(Noting(toy_model()), toy_facts(7), 0, 8)
     assert calls == [7]
 
 
