@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COSTED_SCALING', 'PAPER_FACTS', 'TRAINED_PER_EDIT', 'MALMEN_FACT', 'MEMIT_FACT', 'paper_runs', 'paper_items',
-           'edit_hours', 'shape_records', 'machines', 'machine', 'step_seconds', 'held', 'lengths', 'counted',
+           'edit_hours', 'shape_records', 'machines', 'machine', 'step_seconds', 'peak_held', 'lengths', 'counted',
            'counted_and_measured', 'spent', 'edit_costs', 'whole_set_hours']
 
 # %% ../../nbs/replication/56_costs.ipynb #5f0c03ee
@@ -100,7 +100,7 @@ def step_seconds(
     return record["seconds"]["training"] / record["configuration"]["training"]["steps"]
 
 
-def held(
+def peak_held(
     record: dict[str, Any],
     what: str,  # "training" or "editing"
 ) -> float:  # GiB
@@ -146,7 +146,7 @@ def counted_and_measured() -> Iterator[dict[str, Any]]:
         for record in (r for r in found if r["configuration"]["cell"]["family"] == family):
             m = record["configuration"]["cell"]["num_facts"]
             memory, seconds = counted(name, m, tokens)
-            ours = {"measured GiB": held(record, "training"), "measured s": step_seconds(record)}
+            ours = {"measured GiB": peak_held(record, "training"), "measured s": step_seconds(record)}
             yield {"model": name, "m": m, "tokens": tokens, "counted GiB": memory, "counted s": seconds, **ours}
 
 # %% ../../nbs/replication/56_costs.ipynb #a38faf89

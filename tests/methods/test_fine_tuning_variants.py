@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
 
 from malmen_repro.evaluation import evaluate
-from malmen_repro.facts import ConflictingFactsError, NoFactsError
+from malmen_repro.facts import ConflictingFactsError, MissingExtraError, NoFactsError
 from malmen_repro.language_models import (
     ContextLengthError,
     LanguageModel,
@@ -776,7 +776,7 @@ def test_a_model_that_is_not_finite_is_found_at_the_first_step(make):
 def test_a_missing_peft_is_named_and_fine_tuning_works_without(monkeypatch):
     lm = toy_model()
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(EditorError, match="pip install peft"):
+    with pytest.raises(MissingExtraError, match=r"needs peft: pip install 'malmen-repro\[lora\]'"):
         LoRA(lm, LORA).edit(toy_facts(2))
     assert SteppedFineTuning(lm, CONFIG).edit(toy_facts(2)).shifts
 

@@ -19,10 +19,10 @@ from malmen_repro.replication.costs import (
     counted_and_measured,
     edit_costs,
     edit_hours,
-    held,
     machine,
     paper_items,
     paper_runs,
+    peak_held,
     shape_records,
     spent,
     step_seconds,
@@ -103,7 +103,7 @@ def test_a_search_one_by_one_and_the_papers_ratio_give_the_papers_order():
 def test_every_model_of_the_paper_has_records_of_its_shapes():
     found = shape_records()
     assert {record["model"]["type"] for record in found} == {"bert", "gpt2", "t5", "gptj"}
-    assert all(machine(r) and step_seconds(r) > 0 and held(r, "editing") > 0 and whole_set_hours(r) > 0 for r in found)
+    assert all(machine(r) and step_seconds(r) > 0 and peak_held(r, "editing") > 0 and whole_set_hours(r) > 0 for r in found)
 
 
 def test_memory_is_what_was_counted_and_time_is_not():
