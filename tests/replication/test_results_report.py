@@ -103,9 +103,9 @@ def test_a_search_one_by_one_and_the_papers_ratio_give_the_papers_order():
 def test_every_model_of_the_paper_has_records_of_its_shapes():
     found = shape_records()
     assert {record["model"]["type"] for record in found} == {"bert", "gpt2", "t5", "gptj"}
-    for record in found:
-        assert machine(record) and step_seconds(record) > 0
-        assert peak_held(record, "editing") > 0 and whole_set_hours(record) > 0
+    for one in found:
+        assert machine(one) and step_seconds(one) > 0
+        assert peak_held(one, "editing") > 0 and whole_set_hours(one) > 0
 
 
 def test_memory_is_what_was_counted_and_time_is_not():
