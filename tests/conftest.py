@@ -9,8 +9,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+import tests.signatures  # noqa: E402, F401 - the hook looks it up by name and does not import it
+
 # From here on every function of the package has the shapes in its signature checked at run time.
-install_import_hook("malmen_repro", "beartype.beartype")
+install_import_hook("malmen_repro", "tests.signatures.check")
 torch.set_num_threads(1)
 
 from tests.toy import EVERY_FAMILY  # noqa: E402
