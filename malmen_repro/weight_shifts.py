@@ -264,7 +264,7 @@ def check_tensors(
     shapes: Mapping[str, Sequence[int]],  # name -> shape of all that there shall be
     where: object,  # what they were read from, for messages
 ) -> None:
-    "Raises `FileError` unless there are these tensors and no others, of these shapes, and all their numbers are finite."
+    "Raises `FileError` unless there are these tensors and no others, of these shapes, and all numbers are finite."
     if different := sorted(set(tensors) ^ set(shapes)):
         said = "lacks the" if different[0] in shapes else "holds an unknown"
         raise FileError(f"{where} {said} tensor {quoted(different[0])}")
