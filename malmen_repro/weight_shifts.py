@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'WeightShiftError', 'NonFiniteShiftError', 'check_finite', 'swapped', 'overlaid', 'Edit', 'StoredEdit',
-           'WeightShift', 'pack_tensors', 'write_tensors', 'read_tensors', 'check_tensors', 'check_matrices']
+           'WeightShift', 'pack_tensors', 'write_tensors', 'read_header', 'read_tensors', 'check_tensors',
+           'check_matrices']
 
 # %% ../nbs/08_weight_shifts.ipynb #f7fd289b
 import hashlib
@@ -228,6 +229,18 @@ def write_tensors(
     with replacing(path) as part:
         pack_tensors(part, tensors, header)
     return Path(path)
+
+
+def read_header(
+    path: str | Path,  # of a safetensors file
+) -> dict[str, str]:
+    "What its header says, its tensors left alone. Raises `FileError`."
+    path = regular(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise FileError(f"{path} holds no readable tensors: {error or type(error).__name__}") from error
 
 
 def read_tensors(
