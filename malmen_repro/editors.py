@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import training
-from .errors import SettingError, quoted
+from .errors import MalmenError, quoted
 from .facts import Fact, Pair, check_facts
 from .files import FileError, read_sealed, write_sealed
 from .hypernetwork import HyperNetwork, HyperNetworkError
@@ -370,7 +370,7 @@ def described(
         if last is not None and (type(last) is not int or last < 1):
             raise FileError(f"config.json has {quoted(last)} for the last layers")
         return {**about, "config": EditorConfig(**about["config"])}
-    except (FileError, SettingError, KeyError, TypeError) as error:
+    except (MalmenError, KeyError, TypeError) as error:
         said = f"config.json lacks {error}" if isinstance(error, KeyError) else error
         raise EditorError(f"{directory} holds no readable editor: {said}") from error
 

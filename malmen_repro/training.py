@@ -472,7 +472,7 @@ def _different(run: dict[str, Any], theirs: dict[str, Any], free: str) -> list[s
 # %% ../nbs/11_training.ipynb #4f32eb45
 def check_weights(
     networks: nn.Module,  # of an editor
-    weights: Mapping[str, Tensor],  # what is to be loaded into them
+    weights: Any,  # name -> tensor: what is to be loaded into them
     where: object,  # what they were read from, for messages
 ) -> None:
     "Raises `FileError` for weights of other names or shapes, or that no network can have."
@@ -505,7 +505,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Any, steps: int, w
             check_tensors(moments, {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, f"{where}, optimizer")
             if not 1 <= moments["step"] <= steps or (moments["exp_avg_sq"] < 0).any():
                 raise FileError(f"{where}: the optimizer stands at another step")
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise FileError(f"{where}: the optimizer's state cannot be used") from error
 
 
