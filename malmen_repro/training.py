@@ -614,10 +614,10 @@ def train(
             _step(editor, optimizer, curriculum, step, history)
             shown.set_postfix(gen=f"{history[-1]['generalization']:.3f}", loc=f"{history[-1]['locality']:.3f}")
             if keep is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps):
-                saved = step + 1  # now: a disk that is full is not tried twice
                 save_checkpoint(editor, optimizer, history, *keep)
-    except BaseException:  # Ctrl-C too
-        if keep is not None and len(history) > saved:
+                saved = step + 1
+    except BaseException as error:  # Ctrl-C too; a disk that is full is not tried twice
+        if keep is not None and len(history) > saved and not isinstance(error, FileError):
             _save_on_the_way_out(editor, optimizer, history, *keep)
         raise
     return history

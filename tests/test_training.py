@@ -1,14 +1,20 @@
 "Algorithm 2: the split meta-gradient is the end-to-end one under every cut; runs stop, continue and fail cleanly."
 
 import math
+import signal
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
+from malmen_repro import training
 from malmen_repro.editors import MALMEN, MEND, EditorConfig
 from malmen_repro.facts import ConflictingFactsError, NoFactsError
-from malmen_repro.keys_and_gradients import fine_tuning_loss
+from malmen_repro.files import FileError
+from malmen_repro.keys_and_gradients import NonFiniteGradientError, fine_tuning_loss
 from malmen_repro.normal_equation import aggregate
 from malmen_repro.training import (
     Curriculum,
@@ -17,6 +23,7 @@ from malmen_repro.training import (
     TrainingError,
     cache_tokens,
     meta_gradient,
+    schedule,
     train,
     tune_learning_rate,
 )
@@ -223,3 +230,212 @@ def test_the_tuned_learning_rate_is_the_best_candidate(kind):
             network.log_learning_rate.data.fill_(math.log(rate))
         losses[rate] = sum(meta_gradient(editor, block, TrainingConfig(num_facts=8), update_moments=False).values())
     assert best == min(losses, key=losses.get)
+
+
+# --- stopped, killed, and gone wrong
+
+
+FAST = dict(num_facts=3, meta_learning_rate=1e-2, warmup=2, decay=True, progress=False)
+
+
+def bits(editor):
+    "All that a training changes."
+    return {name: tensor.clone() for name, tensor in editor.networks.state_dict().items()}
+
+
+def same_bits(one, other):
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def straight(steps=5):
+    "A run that nothing stops."
+    editor = make_editor(MALMEN, torch.float32)
+    return bits(editor), train(editor, toy_facts(7), steps=steps, **FAST), bits(editor)
+
+
+def without_seconds(history):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in history]
+
+
+@pytest.mark.parametrize("place", ["infer", "meta_loss", "backpropagate", "adam_step"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_step_that_is_stopped_anywhere_leaves_the_last_whole_one(tmp_path, monkeypatch, place, error):
+    _, expected, end = straight()
+    editor, real, calls = make_editor(MALMEN, torch.float32), getattr(training, place), []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            real(*args, **kwargs) if place == "backpropagate" else None
+            raise error("stop")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(error, match="stop"):
+        patch.setattr(training, place, stopping)
+        train(editor, toy_facts(7), steps=5, checkpoint=tmp_path / "c.pt", **FAST)
+    for again in (make_editor(MALMEN, torch.float32), editor):  # in another process, or in the same notebook
+        history = train(again, toy_facts(7), steps=5, checkpoint=tmp_path / "c.pt", **FAST)
+        assert without_seconds(history) == without_seconds(expected) and same_bits(bits(again), end)
+
+
+def test_ctrl_c_within_adam_waits_until_the_step_is_whole(tmp_path, monkeypatch):
+    real, handlers = torch.optim.Adam.step, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def pressed(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        result = real(self, *args)
+        signal.raise_signal(signal.SIGINT)
+        return result
+
+    editor, (_, expected, end) = make_editor(MALMEN, torch.float32), straight(1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.Adam, "step", pressed)
+        train(editor, toy_facts(7), steps=1, checkpoint=tmp_path / "c.pt", **FAST)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    history = train(make_editor(MALMEN, torch.float32), toy_facts(7), steps=1, checkpoint=tmp_path / "c.pt", **FAST)
+    assert without_seconds(history) == without_seconds(expected) and same_bits(bits(editor), end)
+
+
+def test_a_thread_can_train():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(straight(1)[1]))
+    thread.start()
+    thread.join()
+    assert without_seconds(found[0]) == without_seconds(straight(1)[1])
+
+
+def test_a_training_killed_while_it_writes_goes_on_with_the_same_bits(tmp_path):
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from malmen_repro import training
+from tests.test_training import FAST, MALMEN, make_editor, toy_facts, torch
+real, left = getattr(os, sys.argv[1]), [int(sys.argv[2])]
+def killing(*args, **kwargs):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(os, sys.argv[1], killing)
+torch.set_num_threads(1)
+training.train(make_editor(MALMEN, torch.float32), toy_facts(7), steps=5, checkpoint={str(tmp_path / "c.pt")!r},
+               checkpoint_every=1, **FAST)
+"""
+    _, expected, end = straight()
+    run = subprocess.run([sys.executable, "-c", code, "replace", "3"], capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert len(torch.load(tmp_path / "c.pt", weights_only=True)["history"]) == 2  # the third write was cut off
+    editor = make_editor(MALMEN, torch.float32)
+    history = train(editor, toy_facts(7), steps=5, checkpoint=tmp_path / "c.pt", **FAST)
+    assert without_seconds(history) == without_seconds(expected) and same_bits(bits(editor), end)
+
+
+def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    path, editor = tmp_path / "c.pt", make_editor(MALMEN, torch.float32)
+    train(editor, toy_facts(7), steps=2, checkpoint=path, **FAST)
+    whole = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def stopping(config, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return schedule(config, step)
+
+    with monkeypatch.context() as patch, pytest.raises(FileError, match="c.pt cannot be written: No space left"):
+        patch.setattr(torch, "save", full)
+        train(editor, toy_facts(7), steps=3, checkpoint=path, **FAST)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", full)
+        patch.setattr(training, "schedule", stopping)
+        with pytest.warns(UserWarning, match="steps since the last checkpoint are lost"):
+            train(editor, toy_facts(7), steps=5, checkpoint=path, **FAST)
+    assert path.read_bytes() == whole
+
+
+def test_a_parameter_that_a_step_makes_not_finite_is_an_error(tmp_path, monkeypatch):
+    editor, real = make_editor(MALMEN, torch.float32), torch.optim.Adam.step
+    train(editor, toy_facts(7), steps=2, checkpoint=tmp_path / "c.pt", **FAST)
+    before, whole = bits(editor), (tmp_path / "c.pt").read_bytes()
+
+    def poisoned(self, *args):
+        real(self, *args)
+        self.param_groups[0]["params"][2].view(-1)[0] = math.nan
+
+    with monkeypatch.context() as patch, pytest.raises(NonFiniteMetaGradientError, match="step 2: .* not finite"):
+        patch.setattr(torch.optim.Adam, "step", torch.no_grad()(poisoned))
+        train(editor, toy_facts(7), steps=3, checkpoint=tmp_path / "c.pt", **FAST)
+    assert same_bits(bits(editor), before) and (tmp_path / "c.pt").read_bytes() == whole
+
+
+def test_a_loss_that_is_not_finite_names_the_step(monkeypatch):
+    editor = make_editor(MALMEN, torch.float32)
+    before = bits(editor)
+    monkeypatch.setattr(training, "meta_loss", lambda *_: ({"generalization": math.nan, "locality": 0.0}, {}))
+    monkeypatch.setattr(training, "backpropagate", lambda *_: None)
+    with pytest.raises(NonFiniteMetaGradientError, match="step 0: the generalization loss is nan"):
+        train(editor, toy_facts(3), steps=1, **FAST)
+    assert same_bits(bits(editor), before)
+
+
+def test_an_editor_without_regularization_can_be_trained_and_goes_on(tmp_path):
+    config = EditorConfig(rank=5, learning_rate=0.3, regularization=0.0)
+    for steps in (1, 2):
+        editor = make_editor(MEND, torch.float32, config=config, disturb=False)
+        history = train(editor, toy_facts(7), steps=steps, checkpoint=tmp_path / "c.pt", **FAST)
+    assert len(history) == 2
+
+
+def test_gradients_of_a_step_that_was_stopped_do_not_flow_into_the_next_training():
+    (_, expected, end), editor = straight(1), make_editor(MALMEN, torch.float32)
+    for parameter in editor.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    history = train(editor, toy_facts(7), steps=1, **FAST)
+    assert without_seconds(history) == without_seconds(expected) and same_bits(bits(editor), end)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
+def test_moments_of_what_is_not_finite_are_never_kept(value):
+    editor = make_editor(MALMEN, torch.float64)
+    before = bits(editor)
+    (cached,) = editor.captured([fact.pair for fact in toy_facts(3)], 3)
+    list(cached.values())[-1].value_gradients[0, 0] = value
+    with pytest.raises(NonFiniteGradientError, match="transformer.h.2.mlp.c_proj"):
+        editor.update_moments(cached)
+    assert same_bits(bits(editor), before)
+
+
+# --- what a checkpoint belongs to
+
+
+def test_a_checkpoint_of_other_facts_another_model_or_another_seed_is_refused(tmp_path):
+    path, options = tmp_path / "c.pt", dict(num_facts=2, progress=False, checkpoint=tmp_path / "c.pt")
+    train(make_editor(MALMEN, torch.float32), toy_facts(4), steps=1, **options)
+    other = MALMEN(toy_model(seed=7), make_editor(MALMEN, torch.float32).config)
+    for editor, facts, change, message in (
+        (make_editor(MALMEN, torch.float32), toy_facts(4, seed=1), {}, "another run: facts differ"),
+        (make_editor(MALMEN, torch.float32), toy_facts(4)[::-1], {}, "another run: facts differ"),
+        (other, toy_facts(4), {}, "the language model .* differ"),
+        (make_editor(MALMEN, torch.float32), toy_facts(4), {"seed": 5}, "another run: seed differ"),
+        (make_editor(MALMEN, torch.float32, config=EditorConfig(rank=5)), toy_facts(4), {}, "editor's learning_rate"),
+        (MALMEN(toy_model(last=1), other.config), toy_facts(4), {}, "edited layers"),
+    ):
+        before = bits(editor)
+        with pytest.raises(TrainingError, match=message):
+            train(editor, facts, steps=2, **options, **change)
+        assert same_bits(bits(editor), before)
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "run": {n: v for n, v in state["run"].items() if n != "facts"}}, path)  # as it once was
+    with pytest.raises(TrainingError, match="facts differ; remove it"):
+        train(make_editor(MALMEN, torch.float32), toy_facts(4), steps=2, **options)
+
+
+def test_steps_that_are_done_are_not_taken_again(tmp_path):
+    options = dict(num_facts=2, progress=False, checkpoint=tmp_path / "c.pt")
+    first = train(make_editor(MALMEN, torch.float32), toy_facts(4), steps=2, **options)
+    assert train(make_editor(MALMEN, torch.float32), toy_facts(4), steps=2, **options) == first
+    with pytest.warns(UserWarning, match="has 2 steps, 1 are asked for"):
+        assert train(make_editor(MALMEN, torch.float32), toy_facts(4), steps=1, **options) == first
+    with pytest.raises(TrainingError, match="checkpoint_every must be at least 1"):
+        train(make_editor(MALMEN, torch.float32), toy_facts(4), steps=3, checkpoint_every=0, **options)
