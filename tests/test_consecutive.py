@@ -1,11 +1,13 @@
 "Consecutive batches: shifts that add up, and a MALMEN that remembers its keys."
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from malmen_repro.consecutive import Consecutive, ConsecutiveRunError, RememberingMALMEN, consecutive
+from malmen_repro.consecutive import STATE, Consecutive, ConsecutiveRunError, RememberingMALMEN, consecutive
 from malmen_repro.editors import MALMEN, MEND, EditorConfig
 from malmen_repro.facts import NoFactsError
 from malmen_repro.methods.coachhook import CoachHooK, CoachHooKConfig
@@ -14,7 +16,7 @@ from malmen_repro.methods.key_statistics import key_statistics
 from malmen_repro.methods.memit import MEMIT
 from malmen_repro.protocol import EditorError
 from malmen_repro.training import cache_tokens
-from malmen_repro.weight_shifts import WeightShift
+from malmen_repro.weight_shifts import WeightShift, read_tensors, write_tensors
 from tests.methods.test_memit import CONFIG, LOWER, TEXTS
 from tests.toy import toy_facts as facts
 from tests.toy import toy_model
@@ -222,3 +224,70 @@ def test_rows_at_once_are_the_editors_own_unless_asked():
     run.edit(facts(3))
     run.edit(facts(3), 2)
     assert seen == [5, 2]
+
+
+# --- which batches went in
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_a_run_knows_its_batches(tmp_path, name):
+    run, first, second = Consecutive(EDITORS[name]()), facts(3), facts(2, start=40)
+    assert run.holds(first) is None
+    run.edit(first)
+    run.edit(second)
+    assert (run.holds(first), run.holds(second), run.holds(first[:2]), run.holds(first[::-1])) == (1, 2, None, None)
+    run.save(tmp_path)
+    rest = Consecutive(EDITORS[name]())
+    rest.resume(tmp_path)
+    assert (rest.holds(first), rest.holds(second), rest.batches) == (1, 2, 2)
+    rest.reset()
+    assert rest.holds(first) is None
+
+
+def test_a_batch_that_fails_is_not_held():
+    run = Consecutive(EDITORS["MALMEN"]())
+    with pytest.raises(NoFactsError):
+        run.edit([])
+    assert run.holds([]) is None and run.digests == []
+
+
+def test_coachhook_knows_its_batches_too(tmp_path):
+    lm = toy_model(layers=LOWER, last=None)
+    statistics, config = key_statistics(lm, TEXTS), CoachHooKConfig(memit=CONFIG, hooks=False)
+    run = consecutive(CoachHooK(lm, statistics, config))
+    assert isinstance(run, CoachHooK) and run.holds(facts(3)) is None
+    run.edit(facts(3)).merge_into(lm)  # the state is still one of the model as it was
+    run.save(tmp_path)
+    lm = toy_model(layers=LOWER, last=None)
+    rest = CoachHooK(lm, statistics, config)
+    rest.resume(tmp_path)
+    assert rest.holds(facts(3)) == 1 and rest.holds(facts(2)) is None
+
+
+OTHERS = [{"digests": None}, {"digests": ["x"]}, {"batches": 2}, {"facts": 0}, {"tokens": {}}]
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_a_state_that_does_not_say_what_went_in_is_refused_and_the_run_stays(tmp_path, change):
+    run = Consecutive(EDITORS["remembering"]())
+    run.edit(facts(3))
+    run.save(tmp_path)
+    tensors, header = read_tensors(tmp_path / STATE)
+    write_tensors(tmp_path / STATE, tensors, {**header, "about": json.dumps(json.loads(header["about"]) | change)})
+    rest = Consecutive(EDITORS["remembering"]())
+    rest.edit(facts(2, start=40))
+    before = rest.shift, rest.digests, dict(rest.editor.remembered)
+    with pytest.raises(EditorError, match=f"{tmp_path} holds no readable consecutive run"):
+        rest.resume(tmp_path)
+    assert (rest.shift, rest.digests, rest.editor.remembered) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says which files are mapped")
+def test_no_file_stays_open_after_reading(tmp_path):
+    run = Consecutive(EDITORS["MALMEN"]())
+    run.edit(facts(3)).save(tmp_path / "shift")
+    run.save(tmp_path)
+    rest = Consecutive(EDITORS["MALMEN"]())
+    rest.resume(tmp_path)
+    shift = WeightShift.load(tmp_path / "shift")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text() and shift.shifts and rest.shift.shifts

@@ -1,6 +1,7 @@
 "Algorithm 1: the efficient forms are the naive ones, nothing depends on the cuts, editors survive as files."
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +154,62 @@ def test_an_editor_for_another_model_or_method_or_a_damaged_one_is_refused(edito
         type(editor).from_pretrained(tmp_path, editor.lm)
     with pytest.raises(EditorError, match="no readable editor"):
         type(editor).from_pretrained(tmp_path / "nowhere", editor.lm)
+
+
+# --- two files, one editor
+
+
+def test_a_save_that_is_stopped_leaves_the_old_editor(editor, tmp_path, monkeypatch):
+    editor.save_pretrained(tmp_path)
+    old = {name: tensor.clone() for name, tensor in editor.networks.state_dict().items()}
+    with torch.no_grad():
+        next(iter(editor.parameters())).add_(1.0)
+    real = Path.replace
+
+    for moves in (0, 1, 2):  # of the weights, of the new description beside its place, of the description
+        left = [moves]
+
+        def stopping(self, target, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return real(self, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "replace", stopping)
+            editor.save_pretrained(tmp_path)
+        found = type(editor).from_pretrained(tmp_path, toy_model()).networks.state_dict()
+        new = editor.networks.state_dict()
+        assert any(all(torch.equal(tensor, known[n]) for n, tensor in found.items()) for known in (old, new))
+
+
+def test_an_editor_that_is_not_finite_is_not_saved(editor, tmp_path):
+    with torch.no_grad():
+        next(iter(editor.parameters())).view(-1)[0] = torch.nan
+    with pytest.raises(EditorError, match="not made of finite numbers; nothing was written"):
+        editor.save_pretrained(tmp_path / "editor")
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_merged_an_edit_is_told_how_to_edit_again(editor, tmp_path):
+    editor.save_pretrained(tmp_path)
+    editor.edit(toy_facts(2)).merge_into(editor.lm)
+    with pytest.raises(EditorModelMismatchError, match=r"unmerged.*--state DIR.*consecutive\(editor\) in Python"):
+        type(editor).from_pretrained(tmp_path, editor.lm)
+
+
+def test_an_editor_whose_weights_were_exchanged_is_refused(editor, tmp_path):
+    editor.save_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        next(iter(editor.parameters())).add_(1.0)
+    editor.save_pretrained(tmp_path / "other")
+    (tmp_path / "one" / "editor.safetensors").write_bytes((tmp_path / "other" / "editor.safetensors").read_bytes())
+    with pytest.raises(EditorError, match="do not belong together"):
+        type(editor).from_pretrained(tmp_path / "one", toy_model())
+
+
+def test_the_regularization_may_be_switched_off(tmp_path):
+    editor = MALMEN(toy_model(), EditorConfig(rank=4, regularization=0.0))
+    editor.observe(toy_facts(9))
+    editor.save_pretrained(tmp_path)
+    assert MALMEN.from_pretrained(tmp_path, toy_model()).regularization("transformer.h.1.mlp.c_proj") == 0

@@ -1089,6 +1089,76 @@ def test_lines_of_text(tmp_path):
             checked.text_lines(bad)
 
 
+# --- sizes, and what is no file ---------------------------------------------------------------------------------------
+
+
+def packed_again_and_again(path, unit, times):
+    import zlib
+
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    with open(path, "wb") as file:
+        for _ in range(times):
+            file.write(packer.compress(unit))
+        file.write(packer.flush())
+
+
+@pytest.mark.parametrize("unit", [b"\n", b" \n", b" "])
+def test_what_unpacks_to_a_lot_of_nothing_takes_little_memory(tmp_path, monkeypatch, unit):
+    import tracemalloc
+
+    monkeypatch.setattr(checked, "LONGEST_LINE", 2**24)
+    packed_again_and_again(tmp_path / "facts.gz", unit * (2**22 // len(unit)), 16)
+    tracemalloc.start()
+    with pytest.raises(NoFactsError, match="holds no facts"):
+        load_facts(tmp_path / "facts.gz")
+    assert checked.text_lines(tmp_path / "facts.gz") == [] if b"\n" in unit else True
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_blank_lines_are_counted_across_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(checked, "BLOCK", 7)
+    path = written(tmp_path, b"\n" * 20 + lines(NQ) + b" \n" * 9 + lines(NQ) + b"\n{oops}")
+    with pytest.raises(FactFileError, match="line 33, column 2"):
+        load_facts(path)
+    assert [fact.source for fact in load_facts(path, limit=2)] == ["facts.jsonl, line 21", "facts.jsonl, line 31"]
+
+
+@pytest.mark.parametrize("block", [3, 10, 100])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_depends_on_the_size_of_a_block(tmp_path, monkeypatch, block, layout):
+    path = written(tmp_path, LAYOUTS[layout]([MEND, NQ, MEND]))
+    expected = [(fact, fact.source) for fact in load_facts(path)]
+    monkeypatch.setattr(checked, "BLOCK", block)
+    assert [(fact, fact.source) for fact in load_facts(path)] == expected
+
+
+def test_a_line_or_a_list_that_is_too_long_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checked, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(checked, "LONGEST_LIST", 2000)
+    monkeypatch.setattr(checked, "BLOCK", 100)
+    with pytest.raises(FactFileError, match="line 2 is longer than 1,000 bytes"):
+        load_facts(written(tmp_path, lines(NQ) + b'{"question": "' + b"x" * 2000))
+    with pytest.raises(FactFileError, match="JSON list of more than 2,000 bytes; save it as JSON Lines"):
+        load_facts(written(tmp_path, b"[" + b" " * 2000 + b"]"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are named pipes")
+def test_a_pipe_or_a_zero_byte_is_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (load_facts, checked.text_lines):
+        for path in (tmp_path / "pipe", tmp_path / "a\0b", tmp_path):
+            with pytest.raises(FactFileError, match="cannot be read"):
+                read(path)
+
+
+def test_text_may_be_packed_and_old(tmp_path):
+    text = "\ufeffOne line.\r\nÄnother.\rA third\u2028one.\n".encode()
+    for pack in (bytes, gzip.compress, lzma.compress):
+        (tmp_path / "text").write_bytes(pack(text))
+        assert checked.text_lines(tmp_path / "text") == ["One line.", "Änother.", "A third\u2028one."]
+
+
 # --- real data, where a machine has it --------------------------------------------------------------------------------
 
 
