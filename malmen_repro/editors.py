@@ -23,7 +23,7 @@ from . import training
 from .facts import Fact, Pair, check_facts
 from .hypernetwork import HyperNetwork
 from .keys_and_gradients import KeysAndGradients, capture
-from .language_models import EncodedPair, LanguageModel, fingerprint, same_model
+from .language_models import EncodedPair, LanguageModel, fingerprint, outside_inference_mode, same_model
 from .normal_equation import Factor, StreamingNormalEquation, factorize
 from .progress import progress_bar
 from .protocol import EditorError, Needs
@@ -130,6 +130,7 @@ class FactReader:
             network, index = self.networks.of(layer)
             network.update(tokens, index)
 
+    @outside_inference_mode
     def observe(
         self,
         facts: Sequence[Fact],  # typical ones; their answers matter, their phrasings do not
@@ -189,6 +190,7 @@ class Editor(FactReader):
         "An editor that is still to be trained, as `malmen_repro.protocol.AnyEditor.of`."
         return cls(lm, config)
 
+    @outside_inference_mode
     def edit(
         self,
         facts: Sequence[Fact],  # what the model shall say from now on
@@ -215,6 +217,7 @@ class Editor(FactReader):
         check_finite(shifts)
         return WeightShift(shifts, {"method": self.method, "facts": len(facts)})
 
+    @outside_inference_mode
     def train(
         self,
         facts: Sequence[Fact],  # to learn editing from; each with phrasings and an unrelated tuple if possible

@@ -43,7 +43,7 @@ def fine_tuned(
     lm: LanguageModel,  # wrapped with any layers, such as those MALMEN edits
 ) -> LanguageModel:  # the same bare model and tokenizer, wrapped with the layers that FT tunes
     "A second view of one model, so that FT and MALMEN share its weights. Raises as `fine_tuned_layers` does."
-    return LanguageModel(lm.model, lm.tokenizer, *fine_tuned_layers(lm.model))
+    return lm.with_layers(*fine_tuned_layers(lm.model))
 
 # %% ../../nbs/methods/20_fine_tuning.ipynb #e6dd0231
 @dataclass(frozen=True)

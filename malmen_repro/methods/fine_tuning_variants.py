@@ -295,7 +295,7 @@ class SteppedFineTuning(SteppedEditor):
     ) -> "SteppedFineTuning":
         "One layer of a model that is wrapped for another method. Raises as `stepped_layer` does, and `EditorError`."
         config = config or cls.paper_config
-        return cls(LanguageModel(lm.model, lm.tokenizer, stepped_layer(lm.model, config)), config)
+        return cls(lm.with_layers(stepped_layer(lm.model, config)), config)
 
     def tuned(self) -> TunedShifts:
         "No shift yet, of each layer."

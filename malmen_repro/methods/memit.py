@@ -203,7 +203,7 @@ def critical_layers(
     blocks: Sequence[int],  # R
 ) -> LanguageModel:  # the same model, wrapped with the second feed-forward layers of these blocks
     "A view of the model for MEMIT. Raises `LayerPatternError`."
-    return LanguageModel(lm.model, lm.tokenizer, memit_layers(lm.model, blocks))
+    return lm.with_layers(memit_layers(lm.model, blocks))
 
 
 class MEMIT:

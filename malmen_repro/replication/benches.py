@@ -386,7 +386,7 @@ def _tuned_epoch(
     cuts = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     for rows in progress_bar(cuts, desc=f"fine-tune, epoch {epoch + 1}", disable=not progress, leave=False):
         batch = next(lm.batches([claims[i] for i in rows], len(rows)))
-        logits = lm.answer_logits(batch)
+        logits = lm.family.answer_logits(batch)  # in training mode
         mean = F.cross_entropy(logits.float(), batch.labels)
         mean.backward()
         optimizer.step()

@@ -88,7 +88,7 @@ def edited_model(
     "The language model with the layers that a method edits."
     if method.layers == "second":
         return lm
-    return LanguageModel(lm.model, lm.tokenizer, feed_forward(lm.model, method.layers), lm.last)
+    return lm.with_layers(feed_forward(lm.model, method.layers), lm.last)
 
 # %% ../../nbs/replication/45_runner.ipynb #585a992b
 def condensed(

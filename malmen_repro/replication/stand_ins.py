@@ -328,7 +328,7 @@ def tiny_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Langua
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = TINY_ARCHITECTURES[config.architecture].build(config, len(tokenizer))
-    return LanguageModel(model, tokenizer, feed_forward(model), config.edited)
+    return LanguageModel(model, tokenizer, feed_forward(model), config.edited, ends=False)
 
 # %% ../../nbs/replication/30_stand_ins.ipynb #ccb3119b
 class WorldParts(NamedTuple):
