@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -27,7 +28,7 @@ import torch
 import malmen_repro
 from ..errors import MalmenError, quoted
 from ..facts import facts_hash, sha256
-from ..files import FileError, read_json, write_text
+from ..files import FileError, parse_json, read_bytes, write_text
 from ..language_models import LanguageModel, module_hash
 from .stand_ins import Bench
 
@@ -210,8 +211,8 @@ def _wrong(record: Any) -> str:  # empty if nothing is
             return f"the value of {name} cannot be: {quoted(record[name])}"
     if record["scores"].keys() != record["per_fact"].keys():
         return "scores and per_fact have other measures"
-    if "blocks" in record and any(len(values) != sum(record["blocks"]) for values in record["per_fact"].values()):
-        return "per_fact and blocks have other numbers of facts"
+    if len({len(values) for values in record["per_fact"].values()}) > 1:
+        return "the measures in per_fact have other numbers of facts"
     cell = record["configuration"].get("cell")
     if cell is not None and not _named(lambda value: value is None or isinstance(value, (str, int, float)))(cell):
         return f"its cell cannot be: {quoted(cell)}"
@@ -227,7 +228,7 @@ def read_record(
     hash is not that of its configuration.
     """
     try:
-        record = read_json(path)
+        record = parse_json(read_bytes(path), "it")
         wrong = _wrong(record)
         stated, actual = ("", "") if wrong else (record["hash"], sha256(record["configuration"]))
     except (FileError, RecursionError) as error:
@@ -245,7 +246,7 @@ def read_rows(
 ) -> list[dict[str, Any]]:
     "The rows of a record. Raises `RecordError` for one without rows, or for a row that does not have these fields."
     try:
-        record = read_json(path)
+        record = parse_json(read_bytes(path), "it")
     except FileError as error:
         raise RecordError(f"the record {path} is damaged: {error}") from error
     rows = record.get("rows") if isinstance(record, dict) else None
@@ -282,10 +283,10 @@ def set_aside(
     path: Path,  # a damaged file or folder
 ) -> Path:  # where it lies now
     "Give something damaged a name that nothing reads. Raises `FileError`."
-    aside, number = path.with_name(path.name + ".damaged"), 1
-    while aside.exists():
-        aside, number = path.with_name(f"{path.name}.{number}.damaged"), number + 1
+    aside = path.with_name(path.name + ".damaged")
     try:
+        if aside.is_dir():  # an earlier one
+            shutil.rmtree(aside)
         path.replace(aside)
     except OSError as error:
         raise FileError(f"{path} is damaged and cannot be set aside ({error.strerror}): remove it") from error
