@@ -10,7 +10,6 @@ __all__ = ['evaluation_blocks', 'edited_model', 'condensed', 'trained_editor', '
 # %% ../../nbs/replication/45_runner.ipynb #2b59f3b6
 import contextlib
 import itertools
-import json
 import math
 import random
 import shutil

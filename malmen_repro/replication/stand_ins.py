@@ -48,7 +48,16 @@ from transformers import (
 from ..errors import MalmenError
 from ..evaluation import answer_predictions, share
 from ..facts import LABELS, Fact, Pair, cache_folder, digest, flipped, other_label, pair_unrelated
-from ..files import FileError, file_hash, locked, read_bytes, read_json, read_sealed, write_json, write_sealed
+from malmen_repro.files import (
+    FileError,
+    file_hash,
+    locked,
+    read_bytes,
+    read_json,
+    read_sealed,
+    write_json,
+    write_sealed,
+)
 from ..language_models import LanguageModel, TokenBatch, feed_forward
 from ..progress import progress_bar
 
