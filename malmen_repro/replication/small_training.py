@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['encoded_rows', 'sentence_rows', 'ShuffledRows', 'by_length', 'prompt_spans', 'SmallCurriculum', 'half_pays',
-           'rows_loss', 'warm_cosine', 'SmallRun', 'knowledge', 'train_small_language_model', 'small_bench']
+           'rows_loss', 'warm_cosine', 'misfit', 'SmallRun', 'knowledge', 'train_small_language_model', 'small_bench']
 
 # %% ../../nbs/replication/36_small_training.ipynb #03f3eca1
 import hashlib
@@ -255,29 +255,34 @@ def _read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     return saved
 
 
-def _does_not_fit(saved: dict[str, Any], model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> str:
-    "What of a checkpoint a model and its optimizer cannot take up; empty if they can."
-    ours, theirs = model.state_dict(), saved["model"]
-    if wrong := sorted(map(str, ours.keys() ^ theirs.keys())):
+def misfit(
+    weights: dict[str, Any],  # of a model, from a checkpoint
+    adam: dict[str, Any],  # of an optimizer, from the same
+    steps: int,  # that were taken by then
+    model: PreTrainedModel,  # that shall take up the weights
+    optimizer: torch.optim.Optimizer,  # Adam or AdamW, of all its weights
+) -> str:  # empty if they can be taken up
+    "What of a checkpoint a model and its optimizer cannot take up."
+    ours, parameters = model.state_dict(), [w for group in optimizer.param_groups for w in group["params"]]
+    if wrong := sorted(map(str, ours.keys() ^ weights.keys())):
         return f"other weights than the model has, such as {wrong[0]}"
-    if wrong := [name for name, weight in theirs.items() if not _alike(weight, ours[name])]:
+    if wrong := [name for name, weight in weights.items() if not _alike(weight, ours[name])]:
         return f"a weight of another shape, or one that is not finite: {wrong[0]}"
-    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
-    groups, moments = saved["optimizer"].get("param_groups"), saved["optimizer"].get("state")
+    groups, moments = adam.get("param_groups"), adam.get("state")
     mine = [{**group, "lr": 0} for group in optimizer.state_dict()["param_groups"]]
     same = isinstance(groups, list) and all(isinstance(one, dict) for one in groups)
     if not same or [{**group, "lr": 0} for group in groups] != mine or not isinstance(moments, dict):
         return "another optimizer"
-    if moments.keys() != (set(range(len(parameters))) if saved["step"] else set()):
+    if moments.keys() != (set(range(len(parameters))) if steps else set()):
         return "an optimizer of other weights"
     for i, kept in moments.items():
         if not isinstance(kept, dict) or kept.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             return "an optimizer that lacks a moment"
         if not all(_alike(kept[name], parameters[i]) for name in ("exp_avg", "exp_avg_sq")):
             return "a moment of another shape, or one that is not finite"
-        if not torch.is_tensor(kept["step"]) or kept["step"].tolist() != saved["step"]:
+        if not torch.is_tensor(kept["step"]) or kept["step"].tolist() != steps:
             return "another number of steps in the optimizer"
-    return "" if saved["step"] >= 0 and math.isfinite(saved["seconds"]) else "a number of steps that cannot be"
+    return ""
 
 
 def _alike(one: Any, other: Tensor) -> bool:
@@ -307,7 +312,10 @@ class SmallRun:
             raise StandInError(f"{self.path} belongs to another configuration; give another folder or remove it")
         if saved.get("data", "") != self.data:
             raise StandInError(f"{self.path} learned from other data; give another folder or remove it")
-        if wrong := _does_not_fit(saved, self.lm.model, self.optimizer):
+        wrong = misfit(saved["model"], saved["optimizer"], saved["step"], self.lm.model, self.optimizer)
+        if not 0 <= saved["step"] <= self.config.steps or not math.isfinite(saved["seconds"]):
+            wrong = "a number of steps or seconds that cannot be"
+        if wrong:
             raise StandInError(f"{self.path} is damaged ({wrong}); remove it to start anew")
         self.lm.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
