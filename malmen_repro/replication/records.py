@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Record', 'SOURCE_TREE', 'RecordError', 'RecordConflictError', 'RecordWarning', 'versions', 'git_state', 'hardware',
-           'processor', 'resident_bytes', 'reset_peaks', 'peak_memory', 'write_record', 'read_record', 'read_rows',
-           'existing_record', 'set_aside', 'differences', 'weights_hash', 'fingerprints', 'model_size',
+           'processor', 'resident_bytes', 'reset_peaks', 'peak_memory', 'write_record', 'flaw', 'read_record',
+           'read_rows', 'existing_record', 'set_aside', 'differences', 'weights_hash', 'fingerprints', 'model_size',
            'committed_records', 'read_records']
 
 # %% ../../nbs/replication/40_records.ipynb #7132a354
@@ -200,7 +200,9 @@ _OTHERS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _wrong(record: Any) -> str:  # empty if nothing is
+def flaw(
+    record: Any,  # what a file holds that should be the record of a cell
+) -> str:  # empty if there is none
     "What a record lacks, or which of its fields cannot be."
     if not _OBJECT(record):
         return "it holds no JSON object"
@@ -229,7 +231,7 @@ def read_record(
     """
     try:
         record = parse_json(read_bytes(path), "it")
-        wrong = _wrong(record)
+        wrong = flaw(record)
         stated, actual = ("", "") if wrong else (record["hash"], sha256(record["configuration"]))
     except (FileError, RecursionError) as error:
         raise RecordError(f"the record {path} is damaged: {error}") from error
