@@ -454,7 +454,7 @@ def _folder_of(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if os.path.isdir(name):
+    if os.path.isdir(name or "."):
         _check_folder(Path(name))
         return Path(name)
     if os.path.exists(name):
@@ -462,7 +462,7 @@ def _folder_of(name: str) -> Path | None:
     try:
         config = try_to_load_from_cache(name, "config.json")
     except (HFValidationError, OSError, ValueError):  # the last two: a name that no file system takes
-        what = f"there is no folder {quoted(name)}, and no model on the hub can have that name"
+        what = f"there is no folder {quoted(name)[1:-1]}, and no model on the hub can have that name"
         raise ModelNotFoundError(what) from None
     return Path(config).parent if isinstance(config, str) else None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tests.holds_stub  # noqa: F401
 from malmen_repro import cli, progress
 from malmen_repro.consecutive import RememberingMALMEN, consecutive
 from malmen_repro.editors import MALMEN, Editor, EditorConfig
@@ -24,7 +25,6 @@ from malmen_repro.replication import commands, plans
 from malmen_repro.replication.tier_settings import PAPERS, READY
 from malmen_repro.training import TrainingConfig, without_training
 from malmen_repro.weight_shifts import WeightShift
-import tests.holds_stub  # noqa: F401
 from tests.toy import toy_corpus, toy_facts, toy_model
 
 COMMANDS = ("reproduce", "list", "train", "edit", "evaluate")
