@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EDITOR_FILES', 'UNTRAINED', 'MAIN_EXAMPLES', 'TRAIN_EXAMPLES', 'EDIT_EXAMPLES', 'EVALUATE_EXAMPLES', 'ANEW',
            'UsageError', 'check_places', 'folder_kind', 'check_own', 'training_facts', 'note', 'train', 'load_model',
-           'check_edit', 'edit', 'check_room', 'write_edit', 'trained_editor', 'continued', 'ready', 'editor_layers',
-           'evaluate', 'positive', 'finite', 'seed', 'command', 'trained_method', 'ready_method', 'parser', 'main',
-           'in_a_line', 'Terminated', 'terminated', 'quiet_libraries']
+           'check_edit', 'edit', 'check_room', 'write_edit', 'enough_text', 'trained_editor', 'continued', 'ready',
+           'editor_layers', 'evaluate', 'positive', 'finite', 'seed', 'command', 'trained_method', 'ready_method',
+           'parser', 'main', 'in_a_line', 'Terminated', 'terminated', 'quiet_libraries']
 
 # %% ../nbs/14_command_line.ipynb #c5f66cdd
 import argparse
@@ -176,7 +176,7 @@ def load_model(
     except LayerPatternError as error:
         if layers is not None:
             raise
-        raise UsageError(f"{error}: --layers PATTERN") from error
+        raise UsageError(f"{error} (--layers PATTERN)") from error
 
 # %% ../nbs/14_command_line.ipynb #cc3943c5
 def _trained(
@@ -247,9 +247,12 @@ def edit(
     check_room(args, editor)
     how = {"progress": not args.quiet} | ({} if args.batch_size is None else {"batch_size": args.batch_size})
     if args.state is None:
-        write_edit(args, lm, editor.edit(facts, **how), len(facts))
+        with enough_text(args):
+            shift = editor.edit(facts, **how)
+        write_edit(args, lm, shift, len(facts))
         return
-    with locked(_real("--state", args.state), waiting=lambda: note(f"another command is at {args.state}: waiting")):
+    waiting = lambda: note(f"another command is at work on {args.state}: waiting for it")  # noqa: E731
+    with enough_text(args), locked(_real("--state", args.state), waiting=waiting):
         run = continued(editor, args.state)
         if not args.again and (batch := run.holds(facts)) is not None:
             note(f"these facts are already in {args.state}, as batch {batch}; --again edits them once more")
@@ -300,6 +303,22 @@ def write_edit(
             lm.model.save_pretrained(part)
             lm.tokenizer.save_pretrained(part)
         print(f"Edited model: {args.merge_into}", flush=True)
+
+
+@contextmanager
+def enough_text(
+    args: argparse.Namespace,  # corpus
+) -> Iterator[None]:
+    "While on, a normal equation without a solution is put down to the text that the key statistics are from."
+    from malmen_repro.normal_equation import SingularGramError
+
+    try:
+        yield
+    except SingularGramError as error:
+        if args.corpus is None:
+            raise
+        why = "its keys do not span the layer's inputs"
+        raise UsageError(f"--corpus {args.corpus} is too small: {why}; give more text ({error})") from error
 
 
 def trained_editor(
@@ -375,13 +394,19 @@ def _set(
             found[key] = _set(f"{name}'s {key}", now, value)
             continue
         kinds = {float: (int, float), tuple: list, type(None): (int, type(None))}.get(type(now), type(now))
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(now, bool):  # a bool is an int
+        alike = not (isinstance(now, tuple) and now) or all(type(one) is type(now[0]) for one in _listed(value))
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(now, bool) or not alike:
             raise UsageError(f"{name}'s {key} cannot be {quoted(value)}: it is {now!r} by default")
         try:
             found[key] = float(value) if isinstance(now, float) else value
-        except OverflowError:
-            raise UsageError(f"{name}'s {key} cannot be {quoted(value)}: it is too large") from None
+            str(value).encode()
+        except (OverflowError, UnicodeEncodeError):
+            raise UsageError(f"{name}'s {key} cannot be {quoted(value)}") from None
     return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def editor_layers(
