@@ -148,8 +148,8 @@ def check_facts(
         if other.answer.strip() != fact.answer.strip():
             here, there = fact.source or f"fact {i}", other.source or f"fact {place}"
             raise ConflictingFactsError(
-                f"{quoted(fact.prompt)} is answered by {quoted(other.answer)} ({there}), {quoted(fact.answer)} ({here}); "
-                "give one of them, or use drop_conflicts"
+                f"{quoted(fact.prompt)} has the answers {quoted(other.answer)} ({there}) and "
+                f"{quoted(fact.answer)} ({here}); give one of them, or use drop_conflicts"
             )
 
 # %% ../nbs/01_facts.ipynb #6fe7c0e6

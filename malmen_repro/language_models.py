@@ -8,13 +8,15 @@ __all__ = ['AnyFunction', 'FEED_FORWARD', 'FAMILIES', 'HUB_PATIENCE', 'LanguageM
            'NonFiniteLogitsError', 'BusyModelError', 'ModelNotFoundError', 'weight_view', 'layer_shape',
            'linear_layers', 'match_layers', 'feed_forward', 'EncodedPair', 'TokenBatch', 'Family', 'Decoder',
            'EncoderClassifier', 'EncoderDecoder', 'family_of', 'hooked', 'uncompiled', 'own_turn', 'in_eval_mode',
-           'outside_inference_mode', 'gathered', 'check_model', 'first_line', 'LanguageModel', 'fingerprint',
-           'module_hash', 'same_model']
+           'outside_inference_mode', 'gathered', 'check_model', 'first_line', 'load_pretrained', 'find_device',
+           'LanguageModel', 'fingerprint', 'module_hash', 'same_model']
 
 # %% ../nbs/03_language_models.ipynb #0da000e1
 import difflib
 import fnmatch
 import hashlib
+import os
+import pickle
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +29,11 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from .errors import quoted
-from .facts import MalmenError, Pair
+from .errors import MalmenError, quoted
+from .facts import Pair
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
@@ -640,44 +642,151 @@ def check_model(
     name: str,  # a folder, or a name on the hub
 ) -> None:
     "Raises `ModelNotFoundError`, within seconds, if a model is neither here nor on a hub that answers."
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    if _folder_of(name) is None:
+        _ask_hub(name)
+
+
+def _folder_of(name: str) -> Path | None:
+    "Where a model lies: its folder, or one in the hub's cache; None if it is not here. Raises `ModelNotFoundError`."
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise ModelNotFoundError(f"the folder {name} holds no model: it has no config.json (see save_pretrained)")
-        return
+    if os.path.isdir(name or "."):
+        _check_folder(Path(name))
+        return Path(name)
+    if os.path.exists(name):
+        raise ModelNotFoundError(f"{name} is no folder; give the folder of a saved model, or a name on the hub")
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        config = try_to_load_from_cache(name, "config.json")
+    except (HFValidationError, OSError, ValueError):  # the last two: a name that no file system takes
+        what = f"there is no folder {quoted(name)[1:-1]}, and no model on the hub can have that name"
+        raise ModelNotFoundError(what) from None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _check_folder(folder: Path) -> None:
+    "Raises `ModelNotFoundError` for a folder without a model, or with a pipe that would be waited for without end."
+    try:
+        if not (folder / "config.json").is_file():
+            raise ModelNotFoundError(f"the folder {folder} holds no model: it has no config.json (see save_pretrained)")
+        odd = [path.name for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())]
+    except OSError as error:
+        raise error if isinstance(error, ModelNotFoundError) else ModelNotFoundError(
+            f"the folder {folder} cannot be read: {error.strerror}"
+        ) from None
+    if odd:
+        raise ModelNotFoundError(f"the folder {folder} cannot be loaded: {odd[0]} is no ordinary file")
+
+
+def _ask_hub(name: str) -> None:
+    "Raises `ModelNotFoundError` if the hub has no such model, or does not answer in time, whatever stands in between."
+    from huggingface_hub import HfApi
+
+    said: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
             HfApi().model_info(name, timeout=HUB_PATIENCE)
-    except HFValidationError:
-        raise ModelNotFoundError(f"there is no folder {name}, and no model on the hub can have that name") from None
-    except Exception as error:  # offline mode, no network, a proxy's refusal, no such model: many kinds
+            said.append(None)
+        except Exception as error:  # offline mode, no network, a proxy's refusal, no such model: many kinds
+            said.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)  # a proxy that is silent outlasts the library's own patience
+    asking.start()
+    asking.join(2 * HUB_PATIENCE)
+    error = said[0] if said else TimeoutError(f"no answer in {2 * HUB_PATIENCE:g} seconds")
+    if error is not None:
         raise ModelNotFoundError(
             f"the model {name!r} is not on this machine, and the Hugging Face hub does not give it "
             f"({first_line(error)}); give the folder of a saved model, or go online"
         ) from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     "What an error says first; its kind if it says nothing."
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 # %% ../nbs/03_language_models.ipynb #d4fa2029
-def _loaded(name: str, progress: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    "Model and tokenizer. Raises `ModelNotFoundError`."
+def load_pretrained(
+    name: str,  # a folder, or a name on the hub
+    device: str | torch.device | None = None,  # None for the accelerator if there is one
+    progress: bool = False,  # let transformers show its bars
+    head: Callable[[PreTrainedConfig], Any] | None = None,  # of a configuration: the class that loads; None: by family
+    **options: Any,  # of transformers' `from_pretrained`, such as a dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:  # and the weights that the checkpoint lacks
+    """A model on its device, and its tokenizer. Nothing that came with the model is run.
+
+    Raises `LanguageModelError` for a device that is not here, before anything is read, and for weights of another
+    shape; `ModelNotFoundError` for a model that is not to be had, or is damaged.
+    """
+    place, folder = find_device(device), _folder_of(name)
+    if folder is None:
+        _ask_hub(name)
+    try:
+        return _loaded(str(folder or name), place, progress, head or _model_class, options)
+    except ModelNotFoundError as error:
+        if folder is None or os.path.isdir(name):
+            raise
+        try:  # the hub's cache may hold a part of the model
+            _ask_hub(name)
+        except ModelNotFoundError:
+            raise error from None
+    return _loaded(name, place, progress, head or _model_class, options)
+
+
+def find_device(
+    name: str | torch.device | None = None,  # None for the accelerator if there is one
+) -> torch.device:
+    "A device that tensors can lie on. Raises `LanguageModelError`, and says which there are."
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type != "meta":  # which holds shapes and no numbers
+            torch.empty(1, device=device)
+            return device
+    except (RuntimeError, AssertionError, ImportError, TypeError):  # no such name, not compiled in, not plugged in
+        pass
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    raise LanguageModelError(f"there is no device {quoted(str(name))} here; there is: {', '.join(here)}")
+
+# %% ../nbs/03_language_models.ipynb #af13a5b9
+def _loaded(
+    place: str, device: torch.device, progress: bool, head: Callable, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    "`load_pretrained` from one place."
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    check_model(name)
     if not progress:
         transformers_logging.disable_progress_bar()
     try:
-        model_class = _model_class(AutoConfig.from_pretrained(name))
-        tokenizer, model = AutoTokenizer.from_pretrained(name), model_class.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelNotFoundError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
-    return model, tokenizer
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = head(config).from_pretrained(place, trust_remote_code=False, **options)
+        model = model.to(device)
+    except Exception as error:  # of five libraries, one of which (tokenizers) raises Exception itself
+        raise ModelNotFoundError(f"the model {place!r} cannot be loaded: {_reason(error)}") from error
+    for weight, found, wanted in sorted(info["mismatched_keys"]):
+        shapes = f"the shape {tuple(found)} in the checkpoint, and {tuple(wanted)} by the configuration"
+        raise LanguageModelError(f"the model {place!r} cannot be loaded: {weight} has {shapes}")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes where there are no files
+        raise ModelNotFoundError(f"the model {place!r} cannot be loaded: its tokenizer has no vocabulary")
+    return model, tokenizer, sorted(info["missing_keys"])
+
+
+def _reason(error: Exception) -> str:
+    "Why a model cannot be loaded, in a line."
+    if "trust_remote_code" in str(error):
+        return "it asks to run code of its own, which is never done here; only architectures of transformers are loaded"
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights file is damaged, or holds more than weights; nothing in it was run"
+    said = first_line(error)
+    if said.endswith(":"):  # and the reason below it
+        said = " ".join(str(error).split())[:300]
+    return said if type(error) in (OSError, ValueError) else f"{said} ({type(error).__name__})"
 
 
 def _model_class(config) -> type:
@@ -727,11 +836,14 @@ class LanguageModel:
     ) -> "LanguageModel":
         """A model of any family with its tokenizer, in the dtype it was saved in.
 
-        Raises `ModelNotFoundError`, within seconds if there is no network, and as `LanguageModel` does.
+        Raises `ModelNotFoundError`, within seconds if there is no network, `LanguageModelError` for weights that are
+        missing from the checkpoint, and as `LanguageModel` does.
         """
-        model, tokenizer = _loaded(str(name), progress)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device), tokenizer, layers or feed_forward(model, "second"), last)
+        model, tokenizer, missing = load_pretrained(str(name), device, progress)
+        if missing:
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise LanguageModelError(f"the checkpoint of {str(name)!r} has no weights for {missing[0]}{more}")
+        return cls(model, tokenizer, layers or feed_forward(model, "second"), last)
 
     def with_layers(
         self,
