@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import training
+from .errors import SEED, check_settings, one_of
 from .facts import Fact, Pair, check_facts
-from .hypernetwork import HyperNetwork
+from .hypernetwork import BLOCKS, ETA, LAMBDA, RANK, HyperNetwork
 from .keys_and_gradients import KeysAndGradients, capture
 from .language_models import EncodedPair, LanguageModel, fingerprint, same_model
 from .normal_equation import Factor, StreamingNormalEquation, factorize
@@ -32,7 +33,7 @@ from .weight_shifts import StoredEdit, WeightShift, check_finite
 # %% ../nbs/10_editors.ipynb #339971da
 @dataclass(frozen=True)
 class EditorConfig:
-    "What an editor is made of; the defaults are the paper's (Appendix A.6)."
+    "What an editor is made of; the defaults are the paper's (Appendix A.6). Raises `EditorError`."
 
     rank: int = 1920  # of the low-rank blocks
     blocks: int = 2  # in the hyper-network
@@ -40,6 +41,10 @@ class EditorConfig:
     regularization: float = 1.0  # lambda at the start
     tokens: str = "answer"  # which tokens are cached: those that output the answer, or "all"
     seed: int = 0  # of the initial weights
+
+    def __post_init__(self):
+        sizes = {"rank": RANK, "blocks": BLOCKS, "learning_rate": ETA, "regularization": LAMBDA}
+        check_settings(self, EditorError, **sizes, tokens=one_of("answer", "all"), seed=SEED)
 
 # %% ../nbs/10_editors.ipynb #38907418
 class LayerNetworks(nn.ModuleDict):

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..consecutive import read_state, write_state
+from ..errors import SWITCH, an, check_settings, number
 from ..facts import Fact, check_facts
 from ..language_models import LanguageModel, fingerprint
 from .key_statistics import KeyStatistics, corpus_statistics, until_seen
-from .memit import MEMIT, MEMITConfig, SubjectRows, critical_layers, spread
+from .memit import MEMIT, MEMITConfig, SubjectRows, critical_layers, inner_settings, spread
 from ..protocol import EditorError, Needs
 from ..weight_shifts import StoredEdit, WeightShift, WeightShiftError, overlaid, read_tensors, write_tensors
 
@@ -154,10 +155,9 @@ class CoachHooKConfig:
     accumulate: bool = True  # False: earlier keys are not counted
 
     def __post_init__(self):
-        if isinstance(self.memit, dict):
-            object.__setattr__(self, "memit", MEMITConfig(**self.memit))
-        if math.isnan(self.alpha):
-            raise EditorError("alpha is not a number")
+        object.__setattr__(self, "memit", inner_settings(self.memit, MEMITConfig, "memit"))
+        switches = {"dynamic": SWITCH, "hooks": SWITCH, "accumulate": SWITCH}
+        check_settings(self, EditorError, memit=an(MEMITConfig), alpha=number(), **switches)
 
 # %% ../../nbs/methods/26_coachhook.ipynb #8e6cf552
 @torch.no_grad()

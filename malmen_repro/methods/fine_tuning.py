@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..errors import SEED, check_settings, number, whole
 from ..facts import Fact, check_facts
 from ..keys_and_gradients import fine_tuning_loss
 from ..language_models import EncodedPair, LanguageModel, feed_forward, match_layers, weight_view
@@ -60,11 +61,8 @@ class FineTuningConfig:
     seed: int = 0  # of the order of the facts, drawn anew in each epoch
 
     def __post_init__(self):
-        for name, least in (("epochs", 1), ("batch_size", 1), ("weight_decay", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise EditorError(f"{name}={getattr(self, name)}: fine-tuning needs a finite one, at least {least}")
-        if not 0 < self.learning_rate <= 1:  # AdamW moves an entry by about this much a step
-            raise EditorError(f"learning_rate={self.learning_rate}: fine-tuning needs one above 0 and at most 1")
+        rates = {"learning_rate": number(above=0, high=1), "weight_decay": number(0)}  # a step of AdamW is about a rate
+        check_settings(self, EditorError, **rates, epochs=whole(1), batch_size=whole(1), seed=SEED)
 
 # %% ../../nbs/methods/20_fine_tuning.ipynb #0dec64e6
 class ShiftAdamW:

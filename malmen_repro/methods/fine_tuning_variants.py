@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import SEED, Rule, a_text, check_settings, number, one_of, optional_rule, whole, worded
 from ..facts import Fact, check_facts, optional
 from ..keys_and_gradients import at_least_float32
 from ..language_models import EncodedPair, LanguageModel, TokenBatch, feed_forward, match_layers
@@ -76,13 +77,6 @@ LOSSES: dict[str, FactLoss] = {
 }
 
 # %% ../../nbs/methods/21_fine_tuning_variants.ipynb #6a7a5228
-def _check(config, **allowed: tuple[bool, str]) -> None:
-    "Raise `EditorError` for the first field that does not fit, and say what would."
-    for name, (fits, wanted) in allowed.items():
-        if not fits:
-            raise EditorError(f"{name}={getattr(config, name)!r}: fine-tuning in steps needs {wanted}")
-
-
 @dataclass(frozen=True)
 class StepConfig:
     "What all tuning in steps has. Raises `EditorError` for a value out of range."
@@ -94,15 +88,17 @@ class StepConfig:
     loss: str = "answer"  # of `LOSSES`
     seed: int = 0  # of the order of the facts
 
+    rules: ClassVar[dict[str, Rule]] = {
+        "learning_rate": worded(number(above=0, high=1), "a number, one above 0 and at most 1"),
+        "steps": worded(whole(1, 10**6), "a whole number, at least 1 and at most 1,000,000"),
+        "batch_size": worded(optional_rule(whole(1)), "a whole number, at least 1, or None for all facts"),
+        "stop_loss": worded(number(0), "a number, a finite one, at least 0"),
+        "loss": worded(one_of(*LOSSES), f"one of {', '.join(map(repr, LOSSES))}"),
+        "seed": SEED,
+    }
+
     def __post_init__(self):
-        _check(
-            self,
-            learning_rate=(0 < self.learning_rate <= 1, "one above 0 and at most 1"),
-            steps=(1 <= self.steps < math.inf, "at least 1"),
-            batch_size=(self.batch_size is None or self.batch_size >= 1, "at least 1, or None for all facts"),
-            stop_loss=(0 <= self.stop_loss < math.inf, "a finite one, at least 0"),
-            loss=(self.loss in LOSSES, f"one of {', '.join(map(repr, LOSSES))}"),
-        )
+        check_settings(self, EditorError, **self.rules)
 
 
 @dataclass(frozen=True)
@@ -113,13 +109,11 @@ class SteppedFineTuningConfig(StepConfig):
     depth: float = 0.75  # of the block that is tuned: 0 for the lowest, 1 for the highest
     method: str = "FT in steps"  # what it is called in tables and in the metadata of a shift
 
-    def __post_init__(self):
-        super().__post_init__()
-        _check(
-            self,
-            weight_decay=(0 <= self.weight_decay < math.inf, "a finite one, at least 0"),
-            depth=(0 <= self.depth <= 1, "one from 0 (the lowest block) to 1 (the highest)"),
-        )
+    rules: ClassVar[dict[str, Rule]] = StepConfig.rules | {
+        "weight_decay": worded(number(0), "a number, a finite one, at least 0"),
+        "depth": worded(number(0, 1), "a number, one from 0 (the lowest block) to 1 (the highest)"),
+        "method": a_text(),
+    }
 
 # %% ../../nbs/methods/21_fine_tuning_variants.ipynb #980448fb
 FT_W = SteppedFineTuningConfig(weight_decay=5e-4, stop_loss=1e-2, method="FT-W")  # MEMIT, Appendix B.1
@@ -334,14 +328,11 @@ class LoRAConfig(StepConfig):
     alpha: float = 32.0  # the shift is alpha / rank times BA
     dropout: float = 0.1  # the probability that an entry of a key is dropped
 
-    def __post_init__(self):
-        super().__post_init__()
-        _check(
-            self,
-            rank=(1 <= self.rank < math.inf, "at least 1"),
-            alpha=(0 < self.alpha < math.inf, "a finite one above 0"),
-            dropout=(0 <= self.dropout < 1, "one from 0 to below 1"),
-        )
+    rules: ClassVar[dict[str, Rule]] = StepConfig.rules | {
+        "rank": worded(whole(1, 2**16), "a whole number, at least 1 and at most 65,536"),
+        "alpha": worded(number(above=0), "a number, a finite one above 0"),
+        "dropout": worded(number(0, below=1), "a number, one from 0 to below 1"),
+    }
 
 # %% ../../nbs/methods/21_fine_tuning_variants.ipynb #465dcf40
 def adapter(

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import SEED, a_text, check_settings, each, number, whole, worded
 from ..facts import Fact, MalmenError
 from ..keys_and_gradients import at_least_float32
 from ..language_models import LanguageModel, LayerPatternError, TokenBatch, gathered
@@ -165,13 +166,11 @@ class TargetConfig:
     seed: int = 0  # of the prefixes
 
     def __post_init__(self):
-        least = {"steps": 1, "kl_factor": 0, "weight_decay": 0, "stop_loss": 0, "clamp": 0}
-        if wrong := [name for name, value in least.items() if not value <= getattr(self, name) < float("inf")]:
-            raise EditorError(f"{wrong[0]}={getattr(self, wrong[0])}: must be finite and at least {least[wrong[0]]}")
-        if not self.learning_rate > 0:
-            raise EditorError(f"learning_rate={self.learning_rate} must be above 0")
-        if "{}" not in self.essence or any(n < 1 for n in self.prefix_lengths):
-            raise EditorError(f"essence={self.essence!r} needs {{}} for the subject, a prefix at least 1 token")
+        numbers = {name: number(0) for name in ("kl_factor", "weight_decay", "clamp", "stop_loss")}
+        numbers |= {"learning_rate": number(above=0), "steps": whole(1, 10**6), "seed": SEED}
+        lengths = worded(each(whole(1, 2**16)), "a list of lengths, each at least 1 token")
+        check_settings(self, EditorError, **numbers, prefix_lengths=lengths, separator=a_text(), essence=a_text("{}"))
+        object.__setattr__(self, "prefix_lengths", tuple(self.prefix_lengths))  # JSON knows no tuples
 
 
 @dataclass(frozen=True, eq=False)
