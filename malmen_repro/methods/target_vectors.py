@@ -160,7 +160,7 @@ class TargetConfig:
     weight_decay: float = 0.5  # times |delta|^2 / |h|^2
     clamp: float = 0.75  # the largest |delta| / |h|; 0 for none
     stop_loss: float = 0.05  # nats of -log p(o), mean over prefixes; 0 for never. Not in the text
-    prefix_lengths: tuple[int, ...] = (5,) * 10 + (10,) * 10  # tokens of each x_j; the empty one comes on top
+    prefix_lengths: tuple[int, ...] | list[int] = (5,) * 10 + (10,) * 10  # tokens of each x_j; the empty one comes on top
     separator: str = ". "  # between x_j and the prompt
     essence: str = "{} is a"  # the prompt of the KL term
     seed: int = 0  # of the prefixes
