@@ -30,7 +30,7 @@ from ..errors import SEED, Rule, a_text, check_settings, number, one_of, optiona
 from ..facts import Fact, check_facts, optional
 from ..keys_and_gradients import at_least_float32
 from ..language_models import EncodedPair, LanguageModel, TokenBatch, feed_forward, match_layers
-from .fine_tuning import FineTuningConfig, ShiftAdamW
+from .fine_tuning import FineTuningConfig, ShiftAdamW, known_layers
 from ..progress import progress_bar
 from ..protocol import EditorError, Needs
 from ..weight_shifts import NonFiniteShiftError, StoredEdit, WeightShift, check_finite, overlaid, swapped
@@ -124,9 +124,10 @@ FT_M = SteppedFineTuningConfig(method="FT-M")  # CoachHooK, Appendix B
 def stepped_layer(
     model: PreTrainedModel,  # weights are not read: it may be on the meta device
     config: SteppedFineTuningConfig,  # its depth chooses
+    patterns: Sequence[str] | None = None,  # of the layers to choose from; None for what `feed_forward` knows
 ) -> str:  # the layer's name
     "The second feed-forward layer of one block; of an encoder-decoder, of its decoder. Raises as `feed_forward` does."
-    blocks = list(match_layers(model, feed_forward(model, "second")[-1]))
+    blocks = list(match_layers(model, (patterns or feed_forward(model, "second"))[-1]))
     place = int(config.depth * len(blocks) + 1e-9)  # a share such as 29/100 times 100 comes out just below 29
     return blocks[min(place, len(blocks) - 1)]
 
@@ -155,6 +156,7 @@ class TunedShifts(ShiftAdamW):
         self,
         facts: Sequence[int],  # that go through the model, by number
         step: int,  # counted from 0
+        length: int | None = None,  # positions of their batch; makes no difference here
     ) -> Iterator[None]:
         "While on, the model is the tuned model."
         with overlaid(self.lm, self.shifts):
@@ -197,6 +199,7 @@ class SteppedEditor:
         "What is trained, before the first step."
         raise NotImplementedError
 
+    @torch.inference_mode(False)
     def edit(
         self,
         facts: Sequence[Fact],  # what the model shall say from now on
@@ -257,7 +260,7 @@ def _accumulate(
     total = torch.zeros(len(chosen), dtype=torch.float64)
     for batch in editor.lm.batches([loss.reads(pair) for pair in chosen], batch_size):
         facts = rows[batch.owners.cpu()].tolist()  # in the order of the batch
-        with torch.enable_grad(), tuned.on(facts, step):
+        with torch.enable_grad(), tuned.on(facts, step, batch.answer_mask.shape[1]):
             losses = loss.of(editor.lm.answer_logits(batch), batch, chosen)
             (losses.sum() / len(chosen)).backward()
         total += losses.detach().cpu().double()
@@ -289,7 +292,9 @@ class SteppedFineTuning(SteppedEditor):
     ) -> "SteppedFineTuning":
         "One layer of a model that is wrapped for another method. Raises as `stepped_layer` does, and `EditorError`."
         config = config or cls.paper_config
-        return cls(LanguageModel(lm.model, lm.tokenizer, stepped_layer(lm.model, config)), config)
+        own = [lm.pattern] if isinstance(lm.pattern, str) else list(lm.pattern)  # of the user, for unknown models
+        layer = stepped_layer(lm.model, config, known_layers(lm.model) or own)
+        return cls(LanguageModel(lm.model, lm.tokenizer, layer), config)
 
     def tuned(self) -> TunedShifts:
         "No shift yet, of each layer."
@@ -367,6 +372,7 @@ class FactDropout(nn.Module):
         super().__init__()
         self.probability, self.salt = probability, salt
         self.facts: Sequence[int] = ()  # the rows of the next batch, by number
+        self.length: int | None = None  # positions of the next batch
         self.step = 0
 
     def forward(
@@ -376,6 +382,8 @@ class FactDropout(nn.Module):
         "Drop some entries and make the others larger. Raises `EditorError` if the rows are not facts."
         if not self.probability:
             return keys
+        if keys.ndim == 2 and self.length and len(keys) == len(self.facts) * self.length:  # OPT's tokens in one row
+            return self(keys.view(len(self.facts), self.length, -1)).flatten(0, 1)
         if len(keys) != len(self.facts):
             raise EditorError(f"{len(keys)} rows for {len(self.facts)} facts: LoRA on this layer needs dropout=0")
         kept = torch.stack([self.mask(fact, keys.shape[1:]) for fact in self.facts]).to(keys.device)
@@ -414,10 +422,12 @@ class TunedAdapters:
         self,
         facts: Sequence[int],  # that go through the model, by number
         step: int,  # counted from 0
+        length: int | None = None,  # positions of their batch
     ) -> Iterator[None]:
         "While on, the adapters stand in the layers' places; the model's own dropout is off, as always."
         for one in self.adapters.values():
-            one.lora_dropout["default"].facts, one.lora_dropout["default"].step = facts, step
+            dropout = one.lora_dropout["default"]
+            dropout.facts, dropout.step, dropout.length = facts, step, length
         with swapped(self.lm.model, {self.lm.layers[name]: one for name, one in self.adapters.items()}):
             yield
 
