@@ -260,7 +260,8 @@ class CoachHooK:
             return self._during(done, thresholds)
 
         with self.memit.advice():
-            for layer, sums, shift in spread(self.lm, rows, targets, old, batch_size, progress, during):
+            solved = spread(self.lm, rows, targets, old, batch_size, progress, during, self.memit.gaps)
+            for layer, sums, shift in solved:
                 if self.config.hooks and self.config.dynamic:
                     with during(shifts):  # the layers below are done, this one not yet
                         moved = self.shifts[layer] + shift

@@ -66,12 +66,21 @@ class MemorySums:
         self.cross += keys.T @ residuals.double()
         self.facts += len(keys)
 
-    def solve(self, old: Float[Tensor, "key_size key_size"]) -> Float[Tensor, "value_size key_size"]:  # float64
-        "Delta, given C_0. Raises `SingularGramError`."
+    def solve(
+        self,
+        old: Float[Tensor, "key_size key_size"],  # C_0
+        gaps: bool = False,  # C_0 may leave directions out; the shift leaves out those that no fact uses either
+    ) -> Float[Tensor, "value_size key_size"]:  # Delta, float64
+        "Delta, given C_0. Raises `SingularGramError`, and `NonFiniteShiftError` for sums that are not finite."
         matrix = old.double() + self.gram
         if not matrix.isfinite().all() or not self.cross.isfinite().all():
             raise NonFiniteShiftError(f"the sums of layer {self.layer} are not finite, so no shift follows from them")
         cholesky, info = torch.linalg.cholesky_ex(matrix)
+        if info.item() and gaps and matrix.diagonal().max() > 0:
+            values, directions = torch.linalg.eigh(matrix)
+            used = values > torch.finfo(torch.float32).eps * values[-1]  # C_0 is a sum of float32 products
+            basis = directions[:, used]
+            return (basis @ ((basis.T @ self.cross) / values[used, None])).T.contiguous()
         if info.item():
             condition = condition_number(matrix, 0.0)
             raise SingularGramError(self.layer, self.facts, len(matrix), 0.0, condition)
@@ -202,6 +211,7 @@ def spread(
     batch_size: int = 64,  # rows in the language model at once
     progress: bool = False,  # show a bar
     during: ModelDuring | None = None,  # how the model is while layers change; the shifts so far laid over it if None
+    gaps: bool = False,  # as for `MemorySums.solve`
 ) -> Iterator[SolvedLayer]:  # in ascending order
     "Algorithm 1 of MEMIT, lines 5 to 15. Raises `SingularGramError`, `NonFiniteShiftError`."
     check_values("spread", EditorError, batch_size=(batch_size, whole(1)))
@@ -219,7 +229,7 @@ def spread(
                     keys = keys.view(-1, rows.each, keys.shape[-1]).mean(1)
                     sums.add(keys, (targets.z[some] - states) / left)
                     bar.update(len(states))
-            shifts[layer] = sums.solve(old[layer].to(lm.device)).to(torch.promote_types(lm.dtype, torch.float32))
+            shifts[layer] = sums.solve(old[layer].to(lm.device), gaps).to(torch.promote_types(lm.dtype, torch.float32))
             check_finite({layer: shifts[layer]})
             yield SolvedLayer(layer, sums, shifts[layer])
 
@@ -328,6 +338,11 @@ class MEMIT:
         "$C_0$ of each layer, Eq. 15."
         return {n: self.config.regularization * self.statistics.second_moments[n] for n in self.lm.layers}
 
+    @property
+    def gaps(self) -> bool:
+        "Whether a corpus is large enough for a direction that it leaves out to be one that the model leaves out."
+        return self.config.regularization > 0 and self.statistics.tokens >= max(d for _, d in self.lm.shapes.values())
+
     @contextmanager
     def advice(self) -> Iterator[None]:
         "While on, a matrix without inverse is put down to the corpus, if it counts."
@@ -357,7 +372,7 @@ class MEMIT:
         targets = targets or self.targets(facts, batch_size, progress, prefixes)
         rows = SubjectRows(self.lm, facts, prefixes, self.config)
         with self.advice():
-            solved = spread(self.lm, rows, targets, self.old(), batch_size, progress)
+            solved = spread(self.lm, rows, targets, self.old(), batch_size, progress, gaps=self.gaps)
             shifts = {one.layer: one.shift for one in solved}
         about = {"method": self.method, "facts": len(facts), "target_loss": targets.losses.mean().item()}
         return WeightShift(shifts, about)
