@@ -38,7 +38,26 @@ def configurations():
 
 CONFIGURATIONS = configurations()
 FIELDS = [(name, field.name) for name, kind in CONFIGURATIONS.items() for field in fields(kind)]
-NONSENSE = [None, True, -1, 0, 2**70, 10**400, math.nan, math.inf, "x", "", b"x", object(), [], (), {}, [0], [None], ["x"]]
+NONSENSE = [
+    None,
+    True,
+    -1,
+    0,
+    2**70,
+    10**400,
+    math.nan,
+    math.inf,
+    "x",
+    "",
+    b"x",
+    object(),
+    [],
+    (),
+    {},
+    [0],
+    [None],
+    ["x"],
+]
 
 
 def made(name):
