@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import training
-from .errors import SettingError, quoted
+from .errors import SEED, SettingError, check_settings, one_of, quoted
 from .facts import Fact, Pair, check_facts
 from .files import FileError, read_sealed, write_sealed
-from .hypernetwork import HyperNetwork, HyperNetworkError
+from .hypernetwork import BLOCKS, ETA, LAMBDA, RANK, HyperNetwork, HyperNetworkError
 from .keys_and_gradients import KeysAndGradients, NonFiniteGradientError, capture
 from .language_models import EncodedPair, LanguageModel, fingerprint, outside_inference_mode, same_model
 from .normal_equation import Factor, StreamingNormalEquation, factorize
@@ -32,7 +32,7 @@ from .weight_shifts import StoredEdit, WeightShift, check_finite, pack_tensors, 
 # %% ../nbs/10_editors.ipynb #339971da
 @dataclass(frozen=True)
 class EditorConfig:
-    "What an editor is made of; the defaults are the paper's (Appendix A.6)."
+    "What an editor is made of; the defaults are the paper's (Appendix A.6). Raises `EditorError`."
 
     rank: int = 1920  # of the low-rank blocks
     blocks: int = 2  # in the hyper-network
@@ -40,6 +40,10 @@ class EditorConfig:
     regularization: float = 1.0  # lambda at the start
     tokens: str = "answer"  # which tokens are cached: those that output the answer, or "all"
     seed: int = 0  # of the initial weights
+
+    def __post_init__(self):
+        sizes = {"rank": RANK, "blocks": BLOCKS, "learning_rate": ETA, "regularization": LAMBDA}
+        check_settings(self, EditorError, **sizes, tokens=one_of("answer", "all"), seed=SEED)
 
 # %% ../nbs/10_editors.ipynb #38907418
 class LayerNetworks(nn.ModuleDict):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..errors import MalmenError
+from ..errors import SEED, MalmenError, check_settings, number, whole
 from malmen_repro.facts import (
     Fact,
     FactFileError,
@@ -335,6 +335,10 @@ class TuningConfig:
     epochs: int = 2
     batch_size: int = 32  # claims a step; not in the paper
     seed: int = 0  # of the new head, the order of claims and the dropout; not in the paper
+
+    def __post_init__(self):
+        sizes = {"epochs": whole(1), "batch_size": whole(1), "seed": SEED}
+        check_settings(self, TrainingError, learning_rate=number(above=0), **sizes)
 
 
 def fine_tune_classifier(

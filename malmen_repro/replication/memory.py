@@ -29,9 +29,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ..editors import EDITORS, Editor, EditorConfig
-from ..errors import MalmenError
+from ..errors import MalmenError, a_text, an, check_settings, each, one_of, whole
 from ..facts import optional, sha256
 from ..files import locked, parse_json
+from ..hypernetwork import RANK
 from ..language_models import EncodedPair, LanguageModel
 from ..normal_equation import aggregate
 from ..progress import progress_bar
@@ -160,6 +161,11 @@ class MemorySetting:
     lm_batch_size: int = 32  # rows in the language model at once, split procedure
     network_batch_size: int = 64  # tokens in the hyper-network at once, split procedure
     dtype: str = "float32"  # of the language model; the editor is float32
+
+    def __post_init__(self):
+        names = ("edited", "prompt_tokens", "answer_tokens", "limit_bytes", "lm_batch_size", "network_batch_size")
+        sizes = dict.fromkeys(names, whole(1, 2**50)) | {"rank": RANK, "num_facts": each(whole(1), least=1)}
+        check_settings(self, what=a_text(), model=an(dict), dtype=one_of("float32", "bfloat16", "float16"), **sizes)
 
 # %% ../../nbs/replication/49_memory.ipynb #cff27812
 _TINY = TinyConfig()

@@ -45,7 +45,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ..errors import MalmenError
+from ..errors import SEED, MalmenError, Rule, check_settings, check_values, number, whole, worded
 from ..evaluation import answer_predictions, share
 from ..facts import LABELS, Fact, Pair, cache_folder, digest, flipped, other_label, pair_unrelated
 from malmen_repro.files import (
@@ -234,6 +234,19 @@ class TinyConfig:
     learning_rate: float = 3e-3
     seed: int = 0
 
+    rules: ClassVar[dict[str, Rule]] = {
+        **dict.fromkeys(("width", "inner"), whole(1, 2**16)),
+        **dict.fromkeys(("layers", "heads", "edited"), whole(1, 2**10)),
+        **dict.fromkeys(("known", "evaluation", "steps"), whole(0)),
+        **{"batch_size": whole(1), "learning_rate": number(above=0), "seed": SEED},
+    }
+
+    def __post_init__(self):
+        check_settings(self, **self.rules)
+        divides = worded((lambda heads: self.width % heads == 0, ""), f"a divisor of width={self.width}")
+        exist = worded((lambda edited: edited <= self.layers, ""), f"at most layers={self.layers}")
+        check_values(type(self).__name__, heads=(self.heads, divides), edited=(self.edited, exist))
+
 
 @dataclass(frozen=True)
 class TinyGPTJConfig(TinyConfig):
@@ -242,6 +255,8 @@ class TinyGPTJConfig(TinyConfig):
     architecture: ClassVar[str] = "gptj"
     inner: int = 1024
     rotary: int = 16  # numbers of a head that are rotated by position; at most width / heads
+
+    rules: ClassVar[dict[str, Rule]] = TinyConfig.rules | {"rotary": whole(1, 2**16)}
 
 
 @dataclass(frozen=True)
@@ -254,6 +269,8 @@ class TinyT5Config(TinyConfig):
     heads: int = 8
     steps: int = 600
     spread: float = 0.05  # standard deviation of the initial embeddings; at T5's own 1 the start is slow
+
+    rules: ClassVar[dict[str, Rule]] = TinyConfig.rules | {"spread": number(above=0)}
 
 
 @dataclass(frozen=True)
@@ -271,6 +288,8 @@ class TinyBERTConfig(TinyConfig):
     learning_rate: float = 2e-3
     spread: float = 0.15  # standard deviation of the initial weights; at BERT's own 0.02 the start is slow
 
+    rules: ClassVar[dict[str, Rule]] = TinyConfig.rules | {"towns": whole(0), "spread": number(above=0)}
+
 # %% ../../nbs/replication/30_stand_ins.ipynb #02690d9c
 @dataclass(frozen=True)
 class TinySubjectsConfig(TinyConfig):
@@ -281,6 +300,8 @@ class TinySubjectsConfig(TinyConfig):
     inner: int = 768
     steps: int = 800
     masked: float = 0.75  # share of training steps in which tokens behind a subject see no more of it than its last one
+
+    rules: ClassVar[dict[str, Rule]] = TinyConfig.rules | {"masked": number(0, 1)}
 
 # %% ../../nbs/replication/30_stand_ins.ipynb #727a8fdf
 def _gpt2(config: TinyConfig, words: int) -> PreTrainedModel:
