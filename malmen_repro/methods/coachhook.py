@@ -24,7 +24,7 @@ from ..consecutive import batch_number, read_state, write_state
 from ..errors import SWITCH, an, check_settings, number
 from ..facts import Fact, check_facts, facts_hash
 from ..files import FileError, parse_json
-from ..language_models import LanguageModel, fingerprint
+from ..language_models import LanguageModel, fingerprint, outside_inference_mode
 from .key_statistics import KeyStatistics, corpus_statistics, passages
 from .memit import MEMIT, MEMITConfig, SubjectRows, critical_layers, inner_settings, spread
 from ..protocol import EditorError, Needs
@@ -245,7 +245,7 @@ class CoachHooK:
         layers = critical_layers(lm, config.memit.blocks)
         return cls(layers, corpus_statistics(layers, corpus, cache, progress), config)
 
-    @torch.inference_mode(False)  # what an edit adds to later is made outside that mode
+    @outside_inference_mode
     def reset(self) -> None:
         "Forget all batches."
         self.batches, self.facts, self.digests = 0, 0, []
@@ -263,7 +263,7 @@ class CoachHooK:
         shifts = {name: shift.clone() for name, shift in self.shifts.items()}
         return HookedShift(shifts, dict(self.thresholds), about) if self.config.hooks else WeightShift(shifts, about)
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def edit(
         self,
         facts: Sequence[Fact],  # the next batch

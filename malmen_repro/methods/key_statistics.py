@@ -32,6 +32,7 @@ from malmen_repro.language_models import (
     LayerPatternError,
     TokenBatch,
     fingerprint,
+    outside_inference_mode,
     same_model,
 )
 from ..progress import progress_bar
@@ -244,7 +245,7 @@ def check_moments(
             )
 
 
-@torch.inference_mode(False)
+@outside_inference_mode
 def key_statistics(
     lm: LanguageModel,  # a decoder; the layers it is wrapped with
     texts: Iterable[str],  # ordinary text, such as Wikipedia's sentences; read once
