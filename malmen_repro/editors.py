@@ -18,12 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import training
-from .errors import MalmenError, quoted
+from .errors import SEED, MalmenError, check_settings, one_of, quoted
 from .facts import Fact, Pair, check_facts
 from .files import FileError, read_sealed, write_sealed
-from .hypernetwork import HyperNetwork, HyperNetworkError
+from .hypernetwork import BLOCKS, ETA, LAMBDA, RANK, HyperNetwork, HyperNetworkError
 from .keys_and_gradients import KeysAndGradients, NonFiniteGradientError, capture
-from .language_models import EncodedPair, LanguageModel, fingerprint, same_model
+from .language_models import EncodedPair, LanguageModel, fingerprint, outside_inference_mode, same_model
 from .normal_equation import Factor, StreamingNormalEquation, factorize
 from .progress import progress_bar
 from .protocol import EditorError, Needs
@@ -32,7 +32,7 @@ from .weight_shifts import StoredEdit, WeightShift, check_finite, pack_tensors, 
 # %% ../nbs/10_editors.ipynb #339971da
 @dataclass(frozen=True)
 class EditorConfig:
-    "What an editor is made of; the defaults are the paper's (Appendix A.6)."
+    "What an editor is made of; the defaults are the paper's (Appendix A.6). Raises `EditorError`."
 
     rank: int = 1920  # of the low-rank blocks
     blocks: int = 2  # in the hyper-network
@@ -40,6 +40,10 @@ class EditorConfig:
     regularization: float = 1.0  # lambda at the start
     tokens: str = "answer"  # which tokens are cached: those that output the answer, or "all"
     seed: int = 0  # of the initial weights
+
+    def __post_init__(self):
+        sizes = {"rank": RANK, "blocks": BLOCKS, "learning_rate": ETA, "regularization": LAMBDA}
+        check_settings(self, EditorError, **sizes, tokens=one_of("answer", "all"), seed=SEED)
 
 # %% ../nbs/10_editors.ipynb #38907418
 class LayerNetworks(nn.ModuleDict):
@@ -134,6 +138,7 @@ class FactReader:
             network, index = self.networks.of(layer)
             network.update(tokens, index)
 
+    @outside_inference_mode
     def observe(
         self,
         facts: Sequence[Fact],  # typical ones; their answers matter, their phrasings do not
@@ -193,6 +198,7 @@ class Editor(FactReader):
         "An editor that is still to be trained, as `malmen_repro.protocol.AnyEditor.of`."
         return cls(lm, config)
 
+    @outside_inference_mode
     def edit(
         self,
         facts: Sequence[Fact],  # what the model shall say from now on
@@ -219,6 +225,7 @@ class Editor(FactReader):
         check_finite(shifts)
         return WeightShift(shifts, {"method": self.method, "facts": len(facts)})
 
+    @outside_inference_mode
     def train(
         self,
         facts: Sequence[Fact],  # to learn editing from; each with phrasings and an unrelated tuple if possible
@@ -404,7 +411,7 @@ def _loaded(cls: type[E], directory: Path, lm: LanguageModel) -> E:
         training.check_weights(editor.networks, weights, directory / WEIGHTS)
         if described(directory) != about:
             raise FileError("it was written anew while it was read; read it again")
-    except (FileError, HyperNetworkError) as error:
+    except (FileError, HyperNetworkError, OverflowError) as error:  # no float32 holds a whole number of 30 digits
         raise EditorError(f"{directory} holds no readable editor: {error}") from error
     editor.networks.load_state_dict(weights)
     return editor

@@ -11,46 +11,52 @@ import json
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from .errors import MalmenError, near_misses  # noqa: F401
+from .errors import MalmenError, near_misses, quoted  # noqa: F401
 
 # %% ../nbs/01_facts.ipynb #3e5dc069
 Pair: TypeAlias = tuple[str, str]  # (prompt, answer)
 
 
-def _text(
+def _whole_text(
     value: Any,  # what stands in the row
     name: str,  # the field's name, for the message
     which: str = "",  # "item 2 " in a list, for the message
 ) -> str:
-    "`value` without the white space around it; anything but a non-empty text is a `FactRowError`."
+    "`value` as it is; anything but a non-empty text is a `FactRowError`."
     if not isinstance(value, str):
         raise FactRowError(f"{which}must be text, is {type(value).__name__}", field=name)
-    if not (text := value.strip()):
+    if not value.strip():
         raise FactRowError(f"{which}is empty", field=name)
     try:
-        text.encode("utf-8")
+        value.encode("utf-8")
     except UnicodeEncodeError:
         raise FactRowError(f"{which}holds half of a surrogate pair, so it isn't valid Unicode", field=name) from None
-    return text
+    return value
+
+
+def _text(value: Any, name: str, which: str = "") -> str:
+    "The same without the white space around it: for rows of data sets."
+    return _whole_text(value, name, which).strip()
 
 
 def _texts(
     value: Any,  # a text, or a list of texts
     name: str,  # the field's name, for the message
+    read: Callable[..., str] = _text,
 ) -> tuple[str, ...]:
     "One text or a list of texts as a tuple; which item of a list is at fault is named."
     if isinstance(value, str):
-        return (_text(value, name),)
+        return (read(value, name),)
     if not isinstance(value, (list, tuple)):
         raise FactRowError(f"must be text or a list of texts, is {type(value).__name__}", field=name)
-    return tuple(_text(item, name, f"item {i} ") for i, item in enumerate(value))
+    return tuple(read(item, name, f"item {i} ") for i, item in enumerate(value))
 
 # %% ../nbs/01_facts.ipynb #3ecd41cd
 @dataclass(frozen=True)
@@ -71,9 +77,9 @@ class Fact:
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
             if name == "equivalent_prompts":
-                object.__setattr__(self, name, _texts(value, name))  # the way round frozen
+                object.__setattr__(self, name, _texts(value, name, _whole_text))  # the way round frozen
             elif value is not None or name in ("prompt", "answer"):
-                object.__setattr__(self, name, _text(value, name))
+                _whole_text(value, name)
         if (self.unrelated_prompt is None) != (self.unrelated_answer is None):
             missing = "unrelated_prompt" if self.unrelated_prompt is None else "unrelated_answer"
             raise FactRowError("is missing; an unrelated pair needs its prompt and its answer", field=missing)
@@ -138,12 +144,12 @@ def check_facts(
     for i, fact in enumerate(facts):
         if not isinstance(fact, Fact):
             raise FactError(f"item {i} of the facts is a {type(fact).__name__}, not a Fact; see load_facts")
-        other = facts[first.setdefault(fact.prompt, i)]
-        if other.answer != fact.answer:
-            here, there = fact.source or f"fact {i}", other.source or f"fact {first[fact.prompt]}"
+        other = facts[place := first.setdefault(fact.prompt.strip(), i)]  # white space around it asks nothing else
+        if other.answer.strip() != fact.answer.strip():
+            here, there = fact.source or f"fact {i}", other.source or f"fact {place}"
             raise ConflictingFactsError(
-                f"{fact.prompt!r} has the answer {other.answer!r} ({there}) and the answer {fact.answer!r} ({here}); "
-                "give one of them, or use drop_conflicts"
+                f"{quoted(fact.prompt)} has the answers {quoted(other.answer)} ({there}) and "
+                f"{quoted(fact.answer)} ({here}); give one of them, or use drop_conflicts"
             )
 
 # %% ../nbs/01_facts.ipynb #6fe7c0e6
@@ -153,9 +159,9 @@ def drop_conflicts(
     "Drops every fact whose prompt has more than one answer among `facts`, so that `check_facts` passes."
     answers = defaultdict(set)
     for fact in facts:
-        answers[fact.prompt].add(fact.answer)
-    kept = [fact for fact in facts if len(answers[fact.prompt]) == 1]
-    return kept, [fact for fact in facts if len(answers[fact.prompt]) > 1]
+        answers[fact.prompt.strip()].add(fact.answer.strip())
+    kept = [fact for fact in facts if len(answers[fact.prompt.strip()]) == 1]
+    return kept, [fact for fact in facts if len(answers[fact.prompt.strip()]) > 1]
 
 
 def drop_repeats(
@@ -755,10 +761,11 @@ def _native(
     "The values of a `Fact`; a misspelt field is an error, where it would otherwise be lost in silence."
     if unknown := sorted(set(row) - set(_FIELDS)):
         raise FactRowError(f"is no field of a fact; these are: {', '.join(_FIELDS)}", field=unknown[0])
-    values = {name: _text(_required(row, name), name) for name in ("prompt", "answer")}
+    values = {name: _whole_text(_required(row, name), name) for name in ("prompt", "answer")}
     for name in set(row) - set(values):
         if row[name] is not None:
-            values[name] = (_texts if name == "equivalent_prompts" else _text)(row[name], name)
+            many = name == "equivalent_prompts"
+            values[name] = _texts(row[name], name, _whole_text) if many else _whole_text(row[name], name)
     return values
 
 # %% ../nbs/02_fact_files.ipynb #83ee0c6e
@@ -922,7 +929,7 @@ def _fact(
     "The fact in one row."
     values = _values(row)
     if strip_nq_prefix and values.get("unrelated_prompt"):
-        values["unrelated_prompt"] = values["unrelated_prompt"].removeprefix(NQ_PREFIX)
+        values["unrelated_prompt"] = values["unrelated_prompt"].removeprefix(NQ_PREFIX).strip()
     fact = Fact(**values, source=source)
     if answer == "correct":
         return fact

@@ -321,6 +321,8 @@ def check_output(
         if there and path.is_dir() != folder:
             found, wanted = ("file", "folder") if folder else ("folder", "file")
             raise FileError(f"{path} is a {found}; a {wanted} is to be written")
+        if there and not folder and not path.is_file():  # it would be replaced by a file
+            raise FileError(f"{path} is no ordinary file, but a device or a pipe; a file is to be written")
         above = path if folder and there else path.parent
         while not above.exists():
             above = above.parent

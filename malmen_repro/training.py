@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import MalmenError
+from .errors import SEED, SWITCH, MalmenError, check_settings, number, optional_rule, whole
 from .facts import Fact, Pair, check_facts, facts_hash
 from .files import FileError, regular, replacing
 from .keys_and_gradients import KeysAndGradients, at_least_float32, fine_tuning_loss
@@ -49,7 +49,7 @@ class NonFiniteMetaGradientError(MalmenError, ArithmeticError):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    "How an editor is trained; rates, coefficient and norm are the paper's (Appendix A.6)."
+    "How an editor is trained; rates, coefficient and norm are the paper's (Appendix A.6). Raises `TrainingError`."
 
     num_facts: int = 64  # m, facts edited at once
     steps: int = 1000  # meta-steps, those with smaller blocks included
@@ -69,6 +69,13 @@ class TrainingConfig:
     lm_batch_size: int = 64  # rows in the language model at once
     network_batch_size: int = 4096  # tokens in the hyper-network at once
     seed: int = 0  # of the order of facts and of the choice of phrasings
+
+    def __post_init__(self):
+        rates = {"meta_learning_rate": number(above=0), "scalar_learning_rate": optional_rule(number(above=0))}
+        rates |= {"locality_coefficient": number(0), "max_meta_gradient_norm": number(above=0), "warmup": whole(0)}
+        sizes = {"num_facts": whole(1), "ramp_facts": optional_rule(whole(1)), "lm_batch_size": whole(1)}
+        sizes |= {"steps": whole(0), "ramp_steps": whole(0), "network_batch_size": whole(1)}
+        check_settings(self, TrainingError, **sizes, **rates, tuned_start=SWITCH, decay=SWITCH, seed=SEED)
 
 # %% ../nbs/11_training.ipynb #6bf4fa99
 @runtime_checkable

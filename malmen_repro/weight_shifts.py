@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from .errors import MalmenError, quoted
 from .files import FileError, parse_json, regular, replacing
 from .keys_and_gradients import at_least_float32
-from .language_models import LanguageModel, linear_layers, weight_view
+from .language_models import LanguageModel, hooked, layer_shape, linear_layers, own_turn, weight_view
 
 # %% ../nbs/08_weight_shifts.ipynb #edae987f
 class WeightShiftError(MalmenError, ValueError):
@@ -47,8 +47,9 @@ def check_finite(
 
 # %% ../nbs/08_weight_shifts.ipynb #d76b32f5
 def _module(target: nn.Module | LanguageModel) -> nn.Module:
-    "The bare model."
-    return target.model if isinstance(target, LanguageModel) else target
+    "The bare model, out of its wrapper and out of `torch.compile`."
+    model = target.model if isinstance(target, LanguageModel) else target
+    return getattr(model, "_orig_mod", model)
 
 
 def _fitting_layers(target: nn.Module | LanguageModel, shifts: Mapping[str, Tensor]) -> dict[str, nn.Module]:
@@ -56,18 +57,33 @@ def _fitting_layers(target: nn.Module | LanguageModel, shifts: Mapping[str, Tens
     layers = linear_layers(_module(target))
     for name, shift in shifts.items():
         if name not in layers:
-            raise WeightShiftError(f"the model has no linear layer {name}: the shift is for another model")
-        if (shape := tuple(weight_view(layers[name]).shape)) != tuple(shift.shape):
+            raise WeightShiftError(f"the model has no linear layer {name[:200]}: the shift is for another model")
+        if (shape := layer_shape(layers[name])) != tuple(shift.shape):
             raise WeightShiftError(f"layer {name} has shape {shape}, its shift {tuple(shift.shape)}")
     return {name: layers[name] for name in shifts}
 
 
-def _overlay(shift: Float[Tensor, "value_size key_size"]):
+def _overlay(shift: Float[Tensor, "value_size key_size"], used: list[bool]):
     "A forward hook that turns Wu into Wu + Su, computed in the better of two precisions and rounded once."
 
     def hook(_module, args, output):
+        used[0] = True
         dtype = torch.promote_types(shift.dtype, output.dtype)
-        return (output.to(dtype) + F.linear(args[0].to(dtype), shift.to(dtype))).to(output.dtype)
+        there = {"device": output.device, "dtype": dtype}  # an off-loaded layer computes elsewhere than its weight lies
+        return (output.to(dtype) + F.linear(args[0].to(**there), shift.to(**there))).to(output.dtype)
+
+    return hook
+
+
+def _asked(used: list[bool]):
+    "A forward hook of a whole model: an edit that no layer was asked for is not there, and must not seem to be."
+
+    def hook(module, _args, _output):
+        if not used[0]:
+            raise WeightShiftError(
+                f"{type(module).__name__} has run without one of the edited layers, so the edit had no effect: "
+                "its code goes around them (fused or exported?); load the plain model, or merge the shift"
+            )
 
     return hook
 
@@ -97,15 +113,13 @@ def overlaid(
 ) -> Iterator[None]:
     """While on, each named layer computes Wu + Su. The weights are not touched, so switching off is exact and free.
 
-    Raises `WeightShiftError` if a layer is missing or has another shape.
+    Compiled code runs uncompiled meanwhile, so that it is edited too. Raises `WeightShiftError` if a layer is missing,
+    has another shape, or if none of them runs; `BusyModelError` if another thread uses the model.
     """
-    layers = _fitting_layers(target, shifts)
-    handles = [layers[name].register_forward_hook(_overlay(shift)) for name, shift in shifts.items()]
-    try:
+    layers, used, model = _fitting_layers(target, shifts), [False], _module(target)
+    overlays = [(layers[name], _overlay(shift, used)) for name, shift in shifts.items()]
+    with own_turn(model), hooked([*overlays, *([(model, _asked(used))] if overlays else [])]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 # %% ../nbs/08_weight_shifts.ipynb #1f167af5
 @runtime_checkable
@@ -151,8 +165,11 @@ class WeightShift:
         target: nn.Module | LanguageModel,  # the model that the shift is for
     ) -> Iterator[nn.Module]:  # the bare model
         "While on, the model is the edited model. Nests: shifts that are on together add up. Raises as `check_fits`."
-        layers = _fitting_layers(target, self.shifts)
-        with overlaid(target, {name: shift.to(layers[name].weight.device) for name, shift in self.shifts.items()}):
+        layers, shifts = _fitting_layers(target, self.shifts), dict(self.shifts)
+        for name, layer in layers.items():
+            if not layer.weight.is_meta:  # off-loaded: the overlay asks where its output is
+                shifts[name] = shifts[name].to(layer.weight.device)
+        with overlaid(target, shifts):
             yield _module(target)
 
     def check_fits(
@@ -167,10 +184,20 @@ class WeightShift:
         self,
         target: nn.Module | LanguageModel,  # the model that the shift is for; changed for good
     ) -> nn.Module:  # the bare model
-        "Add the shift to the weights: computed in float32 or better, rounded once. Raises as `check_fits`."
-        for name, layer in _fitting_layers(target, self.shifts).items():
+        """Add the shift to the weights: computed in float32 or better, rounded once. All layers change, or none.
+
+        Raises as `check_fits`, and for weights that cannot take a shift: off-loaded, quantised, computed from others,
+        shared with another module, or too small in range for the sum.
+        """
+        layers, merged = _fitting_layers(target, self.shifts), {}
+        _check_mergeable(_module(target), layers)
+        for name, layer in layers.items():
             weight = weight_view(layer)
-            weight.copy_((at_least_float32(weight) + self.shifts[name].to(weight.device)).to(weight.dtype))
+            merged[name] = (at_least_float32(weight) + self.shifts[name].to(weight.device)).to(weight.dtype)
+            if not torch.isfinite(merged[name]).all():
+                raise WeightShiftError(f"layer {name} plus its shift does not fit in {weight.dtype}: convert the model")
+        for name, layer in layers.items():
+            weight_view(layer).copy_(merged[name])
         return _module(target)
 
     def __add__(self, other: "WeightShift") -> "WeightShift":
@@ -201,6 +228,28 @@ class WeightShift:
         return cls(*_read(Path(path)))
 
 # %% ../nbs/08_weight_shifts.ipynb #2c909148
+def _check_mergeable(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    "Raise `WeightShiftError` for a weight that a shift cannot be added to."
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for name, layer in layers.items():
+        weight = layer.weight
+        reasons = {
+            "is computed from other weights": "weight" not in layer._parameters,
+            "is not in memory (off-loaded)": weight.is_meta,
+            f"is kept as codes ({weight.dtype})": not weight.is_floating_point(),
+            f"is kept in 8 bits ({weight.dtype})": weight.is_floating_point() and weight.dtype.itemsize < 2,
+            "belongs to another module too": owners.get(id(weight), 0) > 1,
+        }
+        if said := next((reason for reason, holds in reasons.items() if holds), None):
+            raise WeightShiftError(
+                f"the weight of layer {name} {said}, so the shift cannot be merged: "
+                "keep it as an overlay (`applied`), or merge it into the model as it was loaded from its files"
+            )
+
+
 def _added(one: WeightShift, two: WeightShift) -> WeightShift:
     "Layer by layer; a layer that only one of them shifts keeps its shift."
     both = {name: [s.shifts[name] for s in (one, two) if name in s.shifts] for name in {**one.shifts, **two.shifts}}

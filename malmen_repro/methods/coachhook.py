@@ -6,6 +6,7 @@
 __all__ = ['z_scores', 'HookedShiftError', 'hooked', 'HookedShift', 'CoachHooKConfig', 'row_scores', 'CoachHooK']
 
 # %% ../../nbs/methods/26_coachhook.ipynb #baca386f
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..consecutive import batch_number, read_state, write_state
+from ..errors import SWITCH, an, check_settings, number
 from ..facts import Fact, check_facts, facts_hash
 from ..files import FileError, parse_json
-from ..language_models import LanguageModel, fingerprint
-from .key_statistics import KeyStatistics, corpus_statistics, until_seen
-from .memit import MEMIT, MEMITConfig, SubjectRows, critical_layers, spread
+from ..language_models import LanguageModel, fingerprint, outside_inference_mode
+from .key_statistics import KeyStatistics, corpus_statistics, passages
+from .memit import MEMIT, MEMITConfig, SubjectRows, critical_layers, inner_settings, spread
 from ..protocol import EditorError, Needs
 from malmen_repro.weight_shifts import (
     StoredEdit,
@@ -56,24 +58,28 @@ class HookedShiftError(WeightShiftError):
 
 @contextmanager
 def _masks(model: nn.Module) -> Iterator[Callable[[Tensor], Bool[Tensor, "batch length"]]]:
-    "While on, the mask of the rows that are in the model, for a layer's input."
+    "While on, the mask of the rows that are in the model, for a layer's input: a row a text, whatever the layer sees."
     now: dict = {}
+    signature = inspect.signature(model.forward)
 
-    def note(_module, _args, kwargs):
-        now.update(mask=kwargs.get("attention_mask"), past=kwargs.get("past_key_values"))
+    def note(_module, args, kwargs):
+        now.clear()
+        now.update(signature.bind_partial(*args, **kwargs).arguments)  # by position or by name
+        now.update(now.pop("kwargs", {}))  # what a wrapper hands on
 
     def of(keys: Tensor) -> Tensor:
-        rows, mask, past = keys.shape[:-1], now["mask"], now["past"]
+        mask, past = now.get("attention_mask"), now.get("past_key_values")
+        read = now.get("input_ids") if now.get("input_ids") is not None else now.get("inputs_embeds")
+        rows = keys.shape[:-1] if keys.ndim > 2 or read is None else read.shape[:2]  # OPT's layers see one long row
         # A model that goes on from a cache shows the newest token only, and leaves out a mask without padding.
-        if (past is not None and past.get_seq_length() > rows[-1]) or (mask is not None and mask.shape != rows):
+        went_on = past is not None and past.get_seq_length() > rows[-1]
+        if went_on or (mask is not None and mask.shape != rows) or math.prod(rows) != math.prod(keys.shape[:-1]):
             raise HookedShiftError("hook layers judge a token by its whole row: generate with use_cache=False")
         return torch.ones(rows, dtype=torch.bool, device=keys.device) if mask is None else mask.bool()
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
         yield of
-    finally:
-        handle.remove()
 
 
 def _hook(shift: Tensor, alpha: float, mask_of: Callable[[Tensor], Tensor]):
@@ -83,7 +89,8 @@ def _hook(shift: Tensor, alpha: float, mask_of: Callable[[Tensor], Tensor]):
         keys = args[0]
         dtype = torch.promote_types(shift.dtype, output.dtype)
         moved = F.linear(keys.to(dtype), shift.to(dtype))
-        chosen = z_scores(moved.norm(dim=-1), mask_of(keys)) >= alpha
+        mask = mask_of(keys)
+        chosen = (z_scores(moved.norm(dim=-1).view(mask.shape), mask) >= alpha).view(keys.shape[:-1])
         return torch.where(chosen[..., None], (output.to(dtype) + moved).to(output.dtype), output)
 
     return hook
@@ -181,10 +188,9 @@ class CoachHooKConfig:
     accumulate: bool = True  # False: earlier keys are not counted
 
     def __post_init__(self):
-        if isinstance(self.memit, dict):
-            object.__setattr__(self, "memit", MEMITConfig(**self.memit))
-        if math.isnan(self.alpha):
-            raise EditorError("alpha is not a number")
+        object.__setattr__(self, "memit", inner_settings(self.memit, MEMITConfig, "memit"))
+        switches = {"dynamic": SWITCH, "hooks": SWITCH, "accumulate": SWITCH}
+        check_settings(self, EditorError, memit=an(MEMITConfig), alpha=number(), **switches)
 
 # %% ../../nbs/methods/26_coachhook.ipynb #8e6cf552
 @torch.no_grad()
@@ -197,8 +203,7 @@ def row_scores(
     "The z-scores of all tokens of some rows, such as Fig. 3 shows them."
     found: dict[str, list] = {name: [None] * len(pairs) for name in shifts}
     for batch in lm.batches(list(pairs), batch_size):
-        with until_seen({name: lm.model.get_submodule(name) for name in shifts}) as seen:
-            lm.model(**batch.inputs, use_cache=False)
+        seen = passages(lm, batch, shifts)
         mask = batch.inputs["attention_mask"].bool()
         for name, shift in shifts.items():
             norms = F.linear(seen[name].entered.to(shift.dtype), shift).norm(dim=-1)
@@ -240,6 +245,7 @@ class CoachHooK:
         layers = critical_layers(lm, config.memit.blocks)
         return cls(layers, corpus_statistics(layers, corpus, cache, progress), config)
 
+    @outside_inference_mode
     def reset(self) -> None:
         "Forget all batches."
         self.batches, self.facts, self.digests = 0, 0, []
@@ -257,6 +263,7 @@ class CoachHooK:
         shifts = {name: shift.clone() for name, shift in self.shifts.items()}
         return HookedShift(shifts, dict(self.thresholds), about) if self.config.hooks else WeightShift(shifts, about)
 
+    @outside_inference_mode
     def edit(
         self,
         facts: Sequence[Fact],  # the next batch
@@ -280,12 +287,14 @@ class CoachHooK:
         def during(done: dict[str, Tensor]) -> AbstractContextManager:
             return self._during(done, thresholds)
 
-        for layer, sums, shift in spread(self.lm, rows, targets, old, batch_size, progress, during):
-            if self.config.hooks and self.config.dynamic:
-                with during(shifts):  # the layers below are done, this one not yet
-                    moved = self.shifts[layer] + shift
-                    thresholds[layer] = min(thresholds[layer], self._candidate(facts, layer, moved, batch_size))
-            shifts[layer], grams[layer] = shift, sums.gram
+        with self.memit.advice():
+            solved = spread(self.lm, rows, targets, old, batch_size, progress, during, self.memit.gaps)
+            for layer, sums, shift in solved:
+                if self.config.hooks and self.config.dynamic:
+                    with during(shifts):  # the layers below are done, this one not yet
+                        moved = self.shifts[layer] + shift
+                        thresholds[layer] = min(thresholds[layer], self._candidate(facts, layer, moved, batch_size))
+                shifts[layer], grams[layer] = shift, sums.gram
         for name, shift in shifts.items():
             self.shifts[name] = self.shifts[name] + shift
             self.grams[name] += grams[name]
