@@ -136,7 +136,8 @@ def _named(path: Path) -> Iterator[None]:
     except MalmenError:
         raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # torch.save raises a RuntimeError
-        said = getattr(error, "strerror", None) or next(filter(str.strip, str(error).splitlines()), type(error).__name__)
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        said = getattr(error, "strerror", None) or lines[0]
         raise FileError(f"{path} cannot be written: {said}") from error
 
 

@@ -224,7 +224,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int, dict]:
         tokens, provenance = (parse_json(header.get(name, "null"), name) for name in ("tokens", "provenance"))
         if type(tokens) is not int or tokens < 1 or not isinstance(provenance, dict):
             raise FileError("its header does not say of how many tokens they are, and where from")
-        check_tensors(tensors, {name: 2 * moment.shape[:1] or (0, 0) for name, moment in tensors.items()}, "second moments")
+        square = {name: 2 * moment.shape[:1] or (0, 0) for name, moment in tensors.items()}
+        check_tensors(tensors, square, "second moments")
         if negative := [name for name, moment in tensors.items() if (moment.diagonal() < 0).any()]:
             raise FileError(f"the second moments of {negative[0]} are below zero")
     except FileError as error:
