@@ -152,7 +152,7 @@ def test_statistics_of_another_model_or_layer_are_refused():
     statistics.check_fits(toy_model(torch.bfloat16, last=2))  # the same model in another precision
     with pytest.raises(KeyStatisticsMismatchError, match=r"layer transformer.h.0.mlp.c_proj, only of: transformer.h.1"):
         statistics.check_fits(toy_model(last=3))
-    with pytest.raises(KeyStatisticsMismatchError, match="another language model: the weights of transformer.h.1"):
+    with pytest.raises(KeyStatisticsMismatchError, match="another language model: its weights differ"):
         statistics.check_fits(toy_model(last=2, seed=1))
     with pytest.raises(KeyStatisticsMismatchError, match="another language model"):
         KeyStatistics(statistics.second_moments, 3).check_fits(lm)
@@ -199,7 +199,7 @@ def test_a_damaged_file_of_the_cache_is_never_made_anew_in_silence(tmp_path):
 def test_keys_that_are_not_finite_make_no_statistics(tmp_path):
     lm = toy_model()
     next(iter(lm.model.parameters())).data.fill_(torch.nan)
-    with pytest.raises(KeyStatisticsError, match="not all finite"):
+    with pytest.raises(KeyStatisticsError, match="not finite"):
         cached_key_statistics(lm, TEXTS, tmp_path, "toy")
     assert not list(tmp_path.iterdir())
 
