@@ -52,6 +52,9 @@ def check_places(
     from malmen_repro.files import check_output
 
     taken = {what: _real(what, path) for what, path in reads.items() if path is not None}
+    for what, path in taken.items():
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for without end
+            raise UsageError(f"{what}: {path} is no ordinary file or folder")
     writes = [(option, path, False) for option, path in (files or {}).items()]
     for option, path, folder in writes + [(option, path, True) for option, path in (folders or {}).items()]:
         if path is None:
