@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUOTED', 'Rule', 'SEED', 'SWITCH', 'MalmenError', 'near_misses', 'quoted', 'SettingError', 'whole', 'number',
-           'one_of', 'optional_rule', 'each', 'an', 'check_settings']
+           'one_of', 'optional_rule', 'each', 'an', 'a_text', 'worded', 'check_values', 'check_settings']
 
 # %% ../nbs/16_errors.ipynb #85ba9d4f
 import difflib
@@ -36,7 +36,10 @@ def quoted(
     value: Any,  # anything, however long
 ) -> str:
     "A value as a message quotes it: on one line, and cut if it is long."
-    text = repr(value[: QUOTED + 1] if isinstance(value, (str, bytes)) else value)
+    try:
+        text = repr(value[: QUOTED + 1] if isinstance(value, (str, bytes)) else value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = f"a {type(value).__name__} that is too long to write"
     return text if len(text) <= QUOTED + 2 else f"{text[:QUOTED]}…"
 
 # %% ../nbs/16_errors.ipynb #946c24a2
@@ -72,8 +75,9 @@ def number(
 def one_of(
     *values: Any,
 ) -> Rule:
-    "One of some values."
-    return lambda value: value in values, " or ".join(map(repr, values))
+    "One of some values, of their type too: True is not 1."
+    fits = lambda value: any(type(value) is type(one) and value == one for one in values)  # noqa: E731
+    return fits, " or ".join(map(repr, values))
 
 
 def optional_rule(
@@ -99,6 +103,25 @@ def an(
     return lambda value: isinstance(value, kind), f"a {kind.__name__}"
 
 
+def a_text(
+    holding: str = "",  # what stands in it once
+) -> Rule:
+    "A text; with one place to fill in if `holding` is '{}'."
+    if not holding:
+        return lambda value: isinstance(value, str), "a text"
+    once = lambda value: all(value.count(part) == holding.count(part) for part in (holding, *holding))  # noqa: E731
+    fits = lambda value: isinstance(value, str) and once(value)  # noqa: E731
+    return fits, f"a text with {holding} in it once"
+
+
+def worded(
+    rule: Rule,
+    words: str,  # to go behind "must be"
+) -> Rule:
+    "A rule that says in other words what it allows."
+    return rule[0], words
+
+
 SEED: Rule = whole(0, 2**63 - 1)  # what every generator here takes
 SWITCH: Rule = an(bool)
 
@@ -108,7 +131,22 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def check_values(
+    where: str,  # whose values they are, for the message
+    error: type[MalmenError] = SettingError,  # what to raise
+    /,
+    **values: tuple[Any, Rule],  # name -> value and rule
+) -> None:
+    "Raises `error`, naming value and rule, for the first value that breaks its rule: for arguments of functions."
+    for name, (value, (fits, words)) in values.items():
+        if not fits(value):
+            raise error(f"{name}={quoted(value)}: must be {words} ({where})")
 
 
 def check_settings(
@@ -120,7 +158,4 @@ def check_settings(
     kind, names = type(settings).__name__, [field.name for field in fields(settings)]
     if lacking := sorted(set(names) ^ set(rules)):
         raise TypeError(f"every field of {kind} has a rule, and no other name has: {', '.join(lacking)}")
-    for name in names:
-        fits, words = rules[name]
-        if not fits(value := getattr(settings, name)):
-            raise error(f"{kind}: {name} must be {words}, is {quoted(value)}")
+    check_values(kind, error, **{name: (getattr(settings, name), rules[name]) for name in names})

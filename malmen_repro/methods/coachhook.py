@@ -6,6 +6,7 @@
 __all__ = ['z_scores', 'HookedShiftError', 'hooked', 'HookedShift', 'CoachHooKConfig', 'row_scores', 'CoachHooK']
 
 # %% ../../nbs/methods/26_coachhook.ipynb #baca386f
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,17 +17,27 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..consecutive import read_state, write_state
-from ..facts import Fact, check_facts
+from ..consecutive import batch_number, read_state, write_state
+from ..errors import SWITCH, an, check_settings, number
+from ..facts import Fact, check_facts, facts_hash
+from ..files import FileError, parse_json
 from ..language_models import LanguageModel, fingerprint
-from .key_statistics import KeyStatistics, corpus_statistics, until_seen
-from .memit import MEMIT, MEMITConfig, SubjectRows, critical_layers, spread
+from .key_statistics import KeyStatistics, corpus_statistics, passages
+from .memit import MEMIT, MEMITConfig, SubjectRows, critical_layers, inner_settings, spread
 from ..protocol import EditorError, Needs
-from ..weight_shifts import StoredEdit, WeightShift, WeightShiftError, overlaid, read_tensors, write_tensors
+from malmen_repro.weight_shifts import (
+    StoredEdit,
+    WeightShift,
+    WeightShiftError,
+    check_matrices,
+    check_tensors,
+    overlaid,
+    read_tensors,
+    write_tensors,
+)
 
 # %% ../../nbs/methods/26_coachhook.ipynb #9ad68f85
 def z_scores(
@@ -47,24 +58,28 @@ class HookedShiftError(WeightShiftError):
 
 @contextmanager
 def _masks(model: nn.Module) -> Iterator[Callable[[Tensor], Bool[Tensor, "batch length"]]]:
-    "While on, the mask of the rows that are in the model, for a layer's input."
+    "While on, the mask of the rows that are in the model, for a layer's input: a row a text, whatever the layer sees."
     now: dict = {}
+    signature = inspect.signature(model.forward)
 
-    def note(_module, _args, kwargs):
-        now.update(mask=kwargs.get("attention_mask"), past=kwargs.get("past_key_values"))
+    def note(_module, args, kwargs):
+        now.clear()
+        now.update(signature.bind_partial(*args, **kwargs).arguments)  # by position or by name
+        now.update(now.pop("kwargs", {}))  # what a wrapper hands on
 
     def of(keys: Tensor) -> Tensor:
-        rows, mask, past = keys.shape[:-1], now["mask"], now["past"]
+        mask, past = now.get("attention_mask"), now.get("past_key_values")
+        read = now.get("input_ids") if now.get("input_ids") is not None else now.get("inputs_embeds")
+        rows = keys.shape[:-1] if keys.ndim > 2 or read is None else read.shape[:2]  # OPT's layers see one long row
         # A model that goes on from a cache shows the newest token only, and leaves out a mask without padding.
-        if (past is not None and past.get_seq_length() > rows[-1]) or (mask is not None and mask.shape != rows):
+        went_on = past is not None and past.get_seq_length() > rows[-1]
+        if went_on or (mask is not None and mask.shape != rows) or math.prod(rows) != math.prod(keys.shape[:-1]):
             raise HookedShiftError("hook layers judge a token by its whole row: generate with use_cache=False")
         return torch.ones(rows, dtype=torch.bool, device=keys.device) if mask is None else mask.bool()
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
         yield of
-    finally:
-        handle.remove()
 
 
 def _hook(shift: Tensor, alpha: float, mask_of: Callable[[Tensor], Tensor]):
@@ -74,7 +89,8 @@ def _hook(shift: Tensor, alpha: float, mask_of: Callable[[Tensor], Tensor]):
         keys = args[0]
         dtype = torch.promote_types(shift.dtype, output.dtype)
         moved = F.linear(keys.to(dtype), shift.to(dtype))
-        chosen = z_scores(moved.norm(dim=-1), mask_of(keys)) >= alpha
+        mask = mask_of(keys)
+        chosen = (z_scores(moved.norm(dim=-1).view(mask.shape), mask) >= alpha).view(keys.shape[:-1])
         return torch.where(chosen[..., None], (output.to(dtype) + moved).to(output.dtype), output)
 
     return hook
@@ -127,20 +143,38 @@ class HookedShift:
         raise HookedShiftError("hook layers choose token by token, which no weight can do: keep them, or use MEMIT")
 
     def save(self, path: str | Path) -> Path:
-        "Write a safetensors file; thresholds and metadata stand in its header."
-        about = {"thresholds": json.dumps(self.thresholds), "metadata": json.dumps(self.metadata)}
-        return write_tensors(Path(path), self.shifts, {"format": self.file_format, **about})
+        "Write a safetensors file; thresholds and metadata stand in its header. Raises `FileError`."
+        try:
+            about = {"thresholds": json.dumps(self.thresholds), "metadata": json.dumps(self.metadata)}
+        except (TypeError, ValueError, RecursionError) as error:
+            raise WeightShiftError(f"the metadata of a shift must be plain JSON: {error}") from error
+        return write_tensors(path, self.shifts, {"format": self.file_format, **about})
 
     @classmethod
     def load(cls, path: str | Path) -> "HookedShift":
         "Read what `save` wrote. Raises `WeightShiftError` for anything else."
         try:
-            shifts, header = read_tensors(Path(path))
+            shifts, header = read_tensors(path)
             if header.get("format") != cls.file_format:
                 raise WeightShiftError(f"{path} is a safetensors file, but holds no hooked shift")
-            return cls(shifts, json.loads(header["thresholds"]), json.loads(header["metadata"]))
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            thresholds, metadata = (parse_json(header.get(name, ""), name) for name in ("thresholds", "metadata"))
+            if not isinstance(metadata, dict):
+                raise FileError("its metadata are no object")
+            check_matrices(shifts)
+            _check_thresholds(thresholds, shifts)
+        except FileError as error:
             raise WeightShiftError(f"{path} is damaged or no hooked shift: {error}") from error
+        return cls(shifts, thresholds, metadata)
+
+
+def _check_thresholds(thresholds: Any, layers: Mapping[str, Any]) -> None:
+    "Raises `FileError` unless there is a number for each layer; infinity is what nobody reaches."
+    if not isinstance(thresholds, dict) or set(thresholds) != set(layers):
+        raise FileError("it does not have a threshold for each layer")
+    for name, alpha in thresholds.items():
+        if type(alpha) is not float and not (type(alpha) is int and abs(alpha) < 2**53) or alpha != alpha:
+            raise FileError(f"the threshold of layer {name} is no number")
+
 
 # %% ../../nbs/methods/26_coachhook.ipynb #300ec58b
 @dataclass(frozen=True)
@@ -154,10 +188,9 @@ class CoachHooKConfig:
     accumulate: bool = True  # False: earlier keys are not counted
 
     def __post_init__(self):
-        if isinstance(self.memit, dict):
-            object.__setattr__(self, "memit", MEMITConfig(**self.memit))
-        if math.isnan(self.alpha):
-            raise EditorError("alpha is not a number")
+        object.__setattr__(self, "memit", inner_settings(self.memit, MEMITConfig, "memit"))
+        switches = {"dynamic": SWITCH, "hooks": SWITCH, "accumulate": SWITCH}
+        check_settings(self, EditorError, memit=an(MEMITConfig), alpha=number(), **switches)
 
 # %% ../../nbs/methods/26_coachhook.ipynb #8e6cf552
 @torch.no_grad()
@@ -170,8 +203,7 @@ def row_scores(
     "The z-scores of all tokens of some rows, such as Fig. 3 shows them."
     found: dict[str, list] = {name: [None] * len(pairs) for name in shifts}
     for batch in lm.batches(list(pairs), batch_size):
-        with until_seen({name: lm.model.get_submodule(name) for name in shifts}) as seen:
-            lm.model(**batch.inputs, use_cache=False)
+        seen = passages(lm, batch, shifts)
         mask = batch.inputs["attention_mask"].bool()
         for name, shift in shifts.items():
             norms = F.linear(seen[name].entered.to(shift.dtype), shift).norm(dim=-1)
@@ -196,6 +228,7 @@ class CoachHooK:
     ):
         self.config = config or CoachHooKConfig()
         self.lm, self.memit = lm, MEMIT(lm, statistics, self.config.memit)
+        self.fingerprint = fingerprint(lm)  # now: somebody may merge the edit and then save
         self.reset()
 
     @classmethod
@@ -212,9 +245,10 @@ class CoachHooK:
         layers = critical_layers(lm, config.memit.blocks)
         return cls(layers, corpus_statistics(layers, corpus, cache, progress), config)
 
+    @torch.inference_mode(False)  # what an edit adds to later is made outside that mode
     def reset(self) -> None:
         "Forget all batches."
-        self.batches, self.facts = 0, 0
+        self.batches, self.facts, self.digests = 0, 0, []
         dtype = torch.promote_types(self.lm.dtype, torch.float32)
         self.shifts = {n: torch.zeros(s, dtype=dtype, device=self.lm.device) for n, s in self.lm.shapes.items()}
         self.grams = {
@@ -229,6 +263,7 @@ class CoachHooK:
         shifts = {name: shift.clone() for name, shift in self.shifts.items()}
         return HookedShift(shifts, dict(self.thresholds), about) if self.config.hooks else WeightShift(shifts, about)
 
+    @torch.inference_mode(False)
     def edit(
         self,
         facts: Sequence[Fact],  # the next batch
@@ -252,18 +287,25 @@ class CoachHooK:
         def during(done: dict[str, Tensor]) -> AbstractContextManager:
             return self._during(done, thresholds)
 
-        for layer, sums, shift in spread(self.lm, rows, targets, old, batch_size, progress, during):
-            if self.config.hooks and self.config.dynamic:
-                with during(shifts):  # the layers below are done, this one not yet
-                    moved = self.shifts[layer] + shift
-                    thresholds[layer] = min(thresholds[layer], self._candidate(facts, layer, moved, batch_size))
-            shifts[layer], grams[layer] = shift, sums.gram
+        with self.memit.advice():
+            solved = spread(self.lm, rows, targets, old, batch_size, progress, during, self.memit.gaps)
+            for layer, sums, shift in solved:
+                if self.config.hooks and self.config.dynamic:
+                    with during(shifts):  # the layers below are done, this one not yet
+                        moved = self.shifts[layer] + shift
+                        thresholds[layer] = min(thresholds[layer], self._candidate(facts, layer, moved, batch_size))
+                shifts[layer], grams[layer] = shift, sums.gram
         for name, shift in shifts.items():
             self.shifts[name] = self.shifts[name] + shift
             self.grams[name] += grams[name]
         self.thresholds = thresholds
         self.batches, self.facts = self.batches + 1, self.facts + len(facts)
+        self.digests = [*self.digests, facts_hash(facts)]
         return self.shift
+
+    def holds(self, facts: Sequence[Fact]) -> int | None:
+        "Which batch this is, counted from 1; None if it did not go in."
+        return batch_number(self.digests, facts)
 
     @contextmanager
     def _during(self, done: dict[str, Tensor], thresholds: dict[str, float]) -> Iterator[None]:
@@ -285,7 +327,7 @@ class CoachHooK:
         folder: str | Path,  # made if it is not there
     ) -> Path:  # the folder
         "Write the state after a batch: the hook layers, the edited keys' Gram matrices and the settings."
-        about = {"thresholds": self.thresholds, "batches": self.batches, "facts": self.facts}
+        about = {"thresholds": self.thresholds, "batches": self.batches, "facts": self.facts, "digests": self.digests}
         tensors = {f"shift/{name}": shift for name, shift in self.shifts.items()}
         tensors |= {f"gram/{name}": gram for name, gram in self.grams.items()}
         return write_state(folder, self._about(), about, tensors)
@@ -294,14 +336,22 @@ class CoachHooK:
         self,
         folder: str | Path,  # what `save` wrote
     ) -> None:
-        "Go on from a saved state. Raises as `malmen_repro.consecutive.read_state`."
+        "Go on from a saved state. Raises as `malmen_repro.consecutive.read_state`; the run is then as it was."
         about, tensors = read_state(folder, self._about(), self.lm.device)
+        shapes = {f"shift/{name}": shape for name, shape in self.lm.shapes.items()}
+        shapes |= {f"gram/{name}": (d, d) for name, (_, d) in self.lm.shapes.items()}
+        try:
+            check_tensors(tensors, shapes, "state")
+            _check_thresholds(about.get("thresholds"), self.lm.shapes)
+        except FileError as error:
+            raise EditorError(f"{folder} holds no readable consecutive run: {error}") from error
         self.shifts = {name: tensors[f"shift/{name}"] for name in self.lm.layers}
         self.grams = {name: tensors[f"gram/{name}"] for name in self.lm.layers}
-        self.thresholds, self.batches, self.facts = about["thresholds"], about["batches"], about["facts"]
+        self.thresholds, self.digests = about["thresholds"], about["digests"]
+        self.batches, self.facts = about["batches"], about["facts"]
 
     def _about(self) -> dict[str, Any]:
         "What tells this run from others."
         corpus = self.memit.statistics.provenance.get("corpus")  # a digest
-        about = {"method": self.method, "language_model": fingerprint(self.lm)}
+        about = {"method": self.method, "language_model": self.fingerprint}
         return {**about, **asdict(self.config), "corpus": corpus}

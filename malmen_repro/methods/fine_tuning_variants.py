@@ -26,10 +26,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import SEED, Rule, a_text, check_settings, number, one_of, optional_rule, whole, worded
 from ..facts import Fact, check_facts, optional
 from ..keys_and_gradients import at_least_float32
 from ..language_models import EncodedPair, LanguageModel, TokenBatch, feed_forward, match_layers
-from .fine_tuning import FineTuningConfig, ShiftAdamW
+from .fine_tuning import FineTuningConfig, ShiftAdamW, known_layers
 from ..progress import progress_bar
 from ..protocol import EditorError, Needs
 from ..weight_shifts import NonFiniteShiftError, StoredEdit, WeightShift, check_finite, overlaid, swapped
@@ -76,13 +77,6 @@ LOSSES: dict[str, FactLoss] = {
 }
 
 # %% ../../nbs/methods/21_fine_tuning_variants.ipynb #6a7a5228
-def _check(config, **allowed: tuple[bool, str]) -> None:
-    "Raise `EditorError` for the first field that does not fit, and say what would."
-    for name, (fits, wanted) in allowed.items():
-        if not fits:
-            raise EditorError(f"{name}={getattr(config, name)!r}: fine-tuning in steps needs {wanted}")
-
-
 @dataclass(frozen=True)
 class StepConfig:
     "What all tuning in steps has. Raises `EditorError` for a value out of range."
@@ -94,15 +88,17 @@ class StepConfig:
     loss: str = "answer"  # of `LOSSES`
     seed: int = 0  # of the order of the facts
 
+    rules: ClassVar[dict[str, Rule]] = {
+        "learning_rate": worded(number(above=0, high=1), "a number, one above 0 and at most 1"),
+        "steps": worded(whole(1, 10**6), "a whole number, at least 1 and at most 1,000,000"),
+        "batch_size": worded(optional_rule(whole(1)), "a whole number, at least 1, or None for all facts"),
+        "stop_loss": worded(number(0), "a number, a finite one, at least 0"),
+        "loss": worded(one_of(*LOSSES), f"one of {', '.join(map(repr, LOSSES))}"),
+        "seed": SEED,
+    }
+
     def __post_init__(self):
-        _check(
-            self,
-            learning_rate=(0 < self.learning_rate <= 1, "one above 0 and at most 1"),
-            steps=(1 <= self.steps < math.inf, "at least 1"),
-            batch_size=(self.batch_size is None or self.batch_size >= 1, "at least 1, or None for all facts"),
-            stop_loss=(0 <= self.stop_loss < math.inf, "a finite one, at least 0"),
-            loss=(self.loss in LOSSES, f"one of {', '.join(map(repr, LOSSES))}"),
-        )
+        check_settings(self, EditorError, **self.rules)
 
 
 @dataclass(frozen=True)
@@ -113,13 +109,11 @@ class SteppedFineTuningConfig(StepConfig):
     depth: float = 0.75  # of the block that is tuned: 0 for the lowest, 1 for the highest
     method: str = "FT in steps"  # what it is called in tables and in the metadata of a shift
 
-    def __post_init__(self):
-        super().__post_init__()
-        _check(
-            self,
-            weight_decay=(0 <= self.weight_decay < math.inf, "a finite one, at least 0"),
-            depth=(0 <= self.depth <= 1, "one from 0 (the lowest block) to 1 (the highest)"),
-        )
+    rules: ClassVar[dict[str, Rule]] = StepConfig.rules | {
+        "weight_decay": worded(number(0), "a number, a finite one, at least 0"),
+        "depth": worded(number(0, 1), "a number, one from 0 (the lowest block) to 1 (the highest)"),
+        "method": a_text(),
+    }
 
 # %% ../../nbs/methods/21_fine_tuning_variants.ipynb #980448fb
 FT_W = SteppedFineTuningConfig(weight_decay=5e-4, stop_loss=1e-2, method="FT-W")  # MEMIT, Appendix B.1
@@ -130,9 +124,10 @@ FT_M = SteppedFineTuningConfig(method="FT-M")  # CoachHooK, Appendix B
 def stepped_layer(
     model: PreTrainedModel,  # weights are not read: it may be on the meta device
     config: SteppedFineTuningConfig,  # its depth chooses
+    patterns: Sequence[str] | None = None,  # of the layers to choose from; None for what `feed_forward` knows
 ) -> str:  # the layer's name
     "The second feed-forward layer of one block; of an encoder-decoder, of its decoder. Raises as `feed_forward` does."
-    blocks = list(match_layers(model, feed_forward(model, "second")[-1]))
+    blocks = list(match_layers(model, (patterns or feed_forward(model, "second"))[-1]))
     place = int(config.depth * len(blocks) + 1e-9)  # a share such as 29/100 times 100 comes out just below 29
     return blocks[min(place, len(blocks) - 1)]
 
@@ -161,6 +156,7 @@ class TunedShifts(ShiftAdamW):
         self,
         facts: Sequence[int],  # that go through the model, by number
         step: int,  # counted from 0
+        length: int | None = None,  # positions of their batch; makes no difference here
     ) -> Iterator[None]:
         "While on, the model is the tuned model."
         with overlaid(self.lm, self.shifts):
@@ -203,6 +199,7 @@ class SteppedEditor:
         "What is trained, before the first step."
         raise NotImplementedError
 
+    @torch.inference_mode(False)
     def edit(
         self,
         facts: Sequence[Fact],  # what the model shall say from now on
@@ -263,7 +260,7 @@ def _accumulate(
     total = torch.zeros(len(chosen), dtype=torch.float64)
     for batch in editor.lm.batches([loss.reads(pair) for pair in chosen], batch_size):
         facts = rows[batch.owners.cpu()].tolist()  # in the order of the batch
-        with torch.enable_grad(), tuned.on(facts, step):
+        with torch.enable_grad(), tuned.on(facts, step, batch.answer_mask.shape[1]):
             losses = loss.of(editor.lm.answer_logits(batch), batch, chosen)
             (losses.sum() / len(chosen)).backward()
         total += losses.detach().cpu().double()
@@ -295,7 +292,9 @@ class SteppedFineTuning(SteppedEditor):
     ) -> "SteppedFineTuning":
         "One layer of a model that is wrapped for another method. Raises as `stepped_layer` does, and `EditorError`."
         config = config or cls.paper_config
-        return cls(LanguageModel(lm.model, lm.tokenizer, stepped_layer(lm.model, config)), config)
+        own = [lm.pattern] if isinstance(lm.pattern, str) else list(lm.pattern)  # of the user, for unknown models
+        layer = stepped_layer(lm.model, config, known_layers(lm.model) or own)
+        return cls(lm.with_layers(layer), config)
 
     def tuned(self) -> TunedShifts:
         "No shift yet, of each layer."
@@ -334,14 +333,11 @@ class LoRAConfig(StepConfig):
     alpha: float = 32.0  # the shift is alpha / rank times BA
     dropout: float = 0.1  # the probability that an entry of a key is dropped
 
-    def __post_init__(self):
-        super().__post_init__()
-        _check(
-            self,
-            rank=(1 <= self.rank < math.inf, "at least 1"),
-            alpha=(0 < self.alpha < math.inf, "a finite one above 0"),
-            dropout=(0 <= self.dropout < 1, "one from 0 to below 1"),
-        )
+    rules: ClassVar[dict[str, Rule]] = StepConfig.rules | {
+        "rank": worded(whole(1, 2**16), "a whole number, at least 1 and at most 65,536"),
+        "alpha": worded(number(above=0), "a number, a finite one above 0"),
+        "dropout": worded(number(0, below=1), "a number, one from 0 to below 1"),
+    }
 
 # %% ../../nbs/methods/21_fine_tuning_variants.ipynb #465dcf40
 def adapter(
@@ -376,6 +372,7 @@ class FactDropout(nn.Module):
         super().__init__()
         self.probability, self.salt = probability, salt
         self.facts: Sequence[int] = ()  # the rows of the next batch, by number
+        self.length: int | None = None  # positions of the next batch
         self.step = 0
 
     def forward(
@@ -385,6 +382,8 @@ class FactDropout(nn.Module):
         "Drop some entries and make the others larger. Raises `EditorError` if the rows are not facts."
         if not self.probability:
             return keys
+        if keys.ndim == 2 and self.length and len(keys) == len(self.facts) * self.length:  # OPT's tokens in one row
+            return self(keys.view(len(self.facts), self.length, -1)).flatten(0, 1)
         if len(keys) != len(self.facts):
             raise EditorError(f"{len(keys)} rows for {len(self.facts)} facts: LoRA on this layer needs dropout=0")
         kept = torch.stack([self.mask(fact, keys.shape[1:]) for fact in self.facts]).to(keys.device)
@@ -423,10 +422,12 @@ class TunedAdapters:
         self,
         facts: Sequence[int],  # that go through the model, by number
         step: int,  # counted from 0
+        length: int | None = None,  # positions of their batch
     ) -> Iterator[None]:
         "While on, the adapters stand in the layers' places; the model's own dropout is off, as always."
         for one in self.adapters.values():
-            one.lora_dropout["default"].facts, one.lora_dropout["default"].step = facts, step
+            dropout = one.lora_dropout["default"]
+            dropout.facts, dropout.step, dropout.length = facts, step, length
         with swapped(self.lm.model, {self.lm.layers[name]: one for name, one in self.adapters.items()}):
             yield
 

@@ -289,7 +289,7 @@ def wrapped_paper_model(
     "A model with the layers that the paper edits, or all there are if it has fewer blocks."
     patterns = feed_forward(model, "second")
     blocks = min(len(match_layers(model, pattern)) for pattern in patterns)
-    return LanguageModel(model, tokenizer, patterns, min(find_model(name).last, blocks))
+    return LanguageModel(model, tokenizer, patterns, min(find_model(name).last, blocks), ends=False)
 
 # %% ../../nbs/replication/37_paper_models.ipynb #4879af21
 def paper_model(

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..consecutive import RememberingMALMEN
 from ..editors import MALMEN, MEND, EditorConfig
+from ..errors import check_settings, whole
 from ..facts import MalmenError, near_misses
 from ..protocol import find_editor
 from .bench_settings import MIXED
@@ -539,6 +540,9 @@ class EvaluationConfig:
 
     scored_facts: int = 256  # at least so many, in disjoint blocks of m, if the set has them
     batch_size: int = 64  # rows in the language model at once; changes speed, not scores
+
+    def __post_init__(self):
+        check_settings(self, scored_facts=whole(1), batch_size=whole(1))
 
 
 SettingsOf = Callable[[str, str, int], tuple[Any, TrainingConfig | None]]  # of tier, method, m

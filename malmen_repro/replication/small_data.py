@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+from ..errors import SEED, Rule, check_settings, whole
 from malmen_repro.facts import (
     HELD_OUT_TEMPLATES,
     LABELS,
@@ -259,6 +260,15 @@ class QuestionSizes:
     known_rows: int = 32
     seed: int = 0  # of the draws and of the weights
 
+    rules: ClassVar[dict[str, Rule]] = {
+        **dict.fromkeys(("known", "questions", "trex", "bing"), whole(0)),
+        **dict.fromkeys(("nq_rows", "known_rows"), whole(0, 2**20)),
+        "seed": SEED,
+    }
+
+    def __post_init__(self):
+        check_settings(self, **self.rules)
+
 
 @dataclass(frozen=True)
 class CaseSizes:
@@ -270,6 +280,14 @@ class CaseSizes:
     bing: int = 0
     known_rows: int = 160  # rows a step
     seed: int = 0  # of the draws and of the weights
+
+    rules: ClassVar[dict[str, Rule]] = {
+        **dict.fromkeys(("train", "neighbours", "trex", "bing"), whole(0)),
+        **{"known_rows": whole(1, 2**20), "seed": SEED},
+    }
+
+    def __post_init__(self):
+        check_settings(self, **self.rules)
 
 # %% ../../nbs/replication/34_small_data.ipynb #97ad688e
 @lru_cache(maxsize=1)  # three functions ask for the same, and it takes seconds
@@ -334,6 +352,15 @@ class ClaimSizes:
     pararel_rows: int = 80  # rows a step
     fever_rows: int = 80
     seed: int = 0  # of the draws and of the weights
+
+    rules: ClassVar[dict[str, Rule]] = {
+        **dict.fromkeys(("train", "evaluation"), whole(0)),
+        **dict.fromkeys(("pararel_rows", "fever_rows"), whole(0, 2**20)),
+        "seed": SEED,
+    }
+
+    def __post_init__(self):
+        check_settings(self, **self.rules)
 
 
 def _unseen_twins(

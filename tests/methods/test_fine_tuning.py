@@ -290,7 +290,8 @@ def test_an_architecture_without_known_layers_is_named():
     lm = toy()
     lm.model.config.model_type = "abacus"
     with pytest.raises(LayerPatternError, match="abacus"):
-        fine_tuned(lm)
+        fine_tuned_layers(lm.model)
+    assert list(fine_tuned(lm).layers) == list(lm.layers)  # those that it is wrapped with
     assert FineTuning(LanguageModel(lm.model, toy_tokenizer(), FFN, 1), CONFIG).edit(toy_facts(2)).shifts
 
 

@@ -478,7 +478,8 @@ def test_an_architecture_without_known_layers_is_named():
     lm = toy_model()
     lm.model.config.model_type = "abacus"
     with pytest.raises(LayerPatternError, match="abacus"):
-        SteppedFineTuning.of(lm)
+        stepped_layer(lm.model, CONFIG)
+    assert list(SteppedFineTuning.of(lm).lm.layers) == ["transformer.h.2.mlp.c_proj"]  # of its own pattern
     assert SteppedFineTuning(lm, CONFIG).edit(toy_facts(2)).shifts
 
 
