@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import tests.holds_stub  # noqa: F401
 from malmen_repro import cli, progress
 from malmen_repro.consecutive import RememberingMALMEN, consecutive
 from malmen_repro.editors import MALMEN, Editor, EditorConfig
@@ -193,7 +192,7 @@ QUICK = {"steps": 2, "prefix_lengths": [2], "separator": "_", "essence": "{}_w3"
         ("", "give either --editor DIR"),
         ("--editor editor --method FT", "give either --editor DIR"),
         ("--method MEMIT", "MEMIT needs --corpus FILE"),
-        ("--method MEMIT --corpus none.txt --blocks 0", "No such file or directory: 'none.txt'"),
+        ("--method MEMIT --corpus none.txt --blocks 0", "none.txt: there is no such file"),
         ("--method LoRA --state new.jsonl", "--state new.jsonl is a file"),
         ("--method CoachHooK --corpus new.jsonl", "CoachHooK needs --corpus FILE"),
         ("--method CoachHooK --merge-into there", "can't be merged"),
@@ -206,7 +205,7 @@ QUICK = {"steps": 2, "prefix_lengths": [2], "separator": "_", "essence": "{}_w3"
         ('--method MEMIT --settings {"target":3}', "and for MEMIT's target is 3"),
         ('--method MEMIT --settings {"target":{"speed":1}}', "MEMIT's target has no setting 'speed'; it has: steps"),
         ('--method CoachHooK --settings {"memit":{"target":{"steps":"x"}}}', "target's steps cannot be 'x'"),
-        ("--method MEMIT --corpus new.jsonl --blocks 7", "no linear layer matches"),
+        ("--method MEMIT --corpus new.jsonl --blocks 7", "there is no block 7 to edit"),
     ],
 )
 def test_edit_says_what_is_missing(here, capsys, monkeypatch, options, message):
@@ -223,7 +222,7 @@ def test_a_corpus_without_text_is_refused(corpus, capsys, method, text):
 
 def test_a_corpus_that_is_no_text_is_refused(corpus, capsys):
     Path("corpus.txt").write_bytes(b"\xff\xfe\x00")
-    assert "corpus.txt: cannot be read ('utf-8' codec" in fails(capsys, f"{edit_line('MEMIT')} --out s --quiet")
+    assert "corpus.txt: isn't UTF-8 text" in fails(capsys, f"{edit_line('MEMIT')} --out s --quiet")
 
 
 def test_a_corpus_may_be_packed(corpus, capsys):
@@ -404,7 +403,7 @@ def test_a_run_goes_on_with_the_same_editor_only(batches, capsys):
     other.model.save_pretrained("another")
     other.tokenizer.save_pretrained("another")
     line = f"{batches('LoRA', 2)} --state LoRA-run --out 2".replace("--model model", "--model another")
-    assert "edits another language model: the weights of" in fails(capsys, line)
+    assert "edits another language model: its weights differ" in fails(capsys, line)
     Path("LoRA-run/state.safetensors").write_bytes(b"damaged")
     assert "holds no readable consecutive run" in fails(capsys, f"{batches('LoRA', 2)} --state LoRA-run --out 2")
     before.pop(Path("LoRA-run/state.safetensors"))
@@ -442,7 +441,7 @@ def test_other_facts_do_not_go_on_from_that_checkpoint(here, capsys):
 def test_other_settings_in_the_same_folder_are_refused(here, capsys):
     assert call(f"train --model model --facts train.jsonl --last 2 {TRAIN} --out mine") == 0
     error = fails(capsys, f"train --model model --facts train.jsonl --last 2 {TRAIN} --rank 5 --out mine")
-    assert "belongs to another run: rank differ" in error
+    assert "belongs to another run: editor's rank differ" in error
 
 
 def test_mend_is_trained_too(here):
@@ -514,7 +513,7 @@ def test_bad_facts_are_found_before_the_model_is_loaded(here, capsys, command):
     assert fails(capsys, f"{on} --facts bad.jsonl").endswith(": error: bad.jsonl, line 2, field 'answer': is empty\n")
     assert "there is no such file" in fails(capsys, f"{on} --facts missing.jsonl")
     Path("two.jsonl").write_text('{"prompt": "w1", "answer": "w2"}\n{"prompt": "w1", "answer": "w3"}\n')
-    assert "has the answer 'w2'" in fails(capsys, f"{on} --facts two.jsonl")
+    assert "has the answers 'w2'" in fails(capsys, f"{on} --facts two.jsonl")
     Path("none.jsonl").write_text("")
     assert "holds no facts" in fails(capsys, f"{on} --facts none.jsonl")
 
@@ -529,7 +528,7 @@ def test_bad_facts_are_found_before_the_model_is_loaded(here, capsys, command):
         ("train --model gpt2 --facts train.jsonl --num-facts 4 --out x", "'gpt2' is not on this machine"),
         ("edit --model model --editor nothing --facts new.jsonl --out x", "nothing holds no readable editor"),
         ("edit --model model --editor model --facts new.jsonl --out x", "model holds no readable editor"),
-        ("evaluate --model model --facts new.jsonl --shift nothing.st", "there is no shift file nothing.st"),
+        ("evaluate --model model --facts new.jsonl --shift nothing.st", "there is no shift file 'nothing.st'"),
         ("evaluate --model model --facts new.jsonl --shift new.jsonl", "new.jsonl is damaged or not a shift file"),
         ("evaluate --model editor --facts new.jsonl", "cannot be loaded"),
         ("reproduce scaling_decodr", "did you mean scaling_decoder"),
@@ -727,7 +726,7 @@ def test_a_full_or_read_only_disk_is_one_line(here, disk, capsys, monkeypatch, h
     for line in (*there[:-1], f"{there[-1]} --quiet --out disk/scores.json"):
         disk(how)
         error = fails(capsys, line)
-        assert "unexpected" not in error and error.count("\n") == 1, line
+        assert "unexpected, perhaps" not in error and error.count("\n") == 1, line
         assert how == "full" or "Read-only file system" in error
 
 
@@ -770,7 +769,6 @@ def test_the_same_command_edits_once(batches, capsys):
 # In a process of its own: everything is imported once, and each command runs in a child.
 CHILDREN = """
 import os, signal, sys
-import tests.holds_stub
 import malmen_repro.consecutive
 from malmen_repro import cli
 
