@@ -137,7 +137,8 @@ def _named(path: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # torch.save raises a RuntimeError
         said = getattr(error, "strerror", None) or next(filter(str.strip, str(error).splitlines()), type(error).__name__)
-        raise FileError(f"{path} cannot be written: {said}") from error
+        guess = " (is the disk full?)" if isinstance(error, RuntimeError) else ""  # torch says where, and not why
+        raise FileError(f"{path} cannot be written: {said}{guess}") from error
 
 
 @contextmanager
