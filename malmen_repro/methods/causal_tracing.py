@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import SEED, check_values, each, number, whole, worded
+from ..errors import SEED, check_values, each, number, quoted, whole, worded
 from ..evaluation import answer_predictions
 from ..facts import Fact, MalmenError, NoFactsError, optional
 from ..keys_and_gradients import at_least_float32
@@ -233,7 +233,7 @@ class TracedFact:
             with replaced(self.lm, self.patches(some)):
                 found.append(answer_probabilities(self.lm, self.batch(len(some))).cpu())
         if not (p := torch.cat(found)).isfinite().all():
-            raise TracingError(f"the model's probabilities for {self.fact.prompt[:80]!r} are not finite")
+            raise TracingError(f"the model's probabilities for {quoted(self.fact.prompt)} are not finite")
         return p
 
     def cut(self, runs: Sequence[TracedRun]) -> Iterator[Sequence[TracedRun]]:
