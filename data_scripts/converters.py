@@ -19,6 +19,7 @@ except ModuleNotFoundError:  # not installed: the checkout that this file lies i
 
 SEED = 0  # of every draw below; a published set is prepared in one way only
 PASSAGES = 100_000  # of the corpus (MEMIT, Appendix B.4)
+MEMBER = 1 << 30  # bytes of one file in an archive, at most
 AGREE = 0.9  # the share of claims whose label must agree before a number is taken for a label
 
 
@@ -51,7 +52,11 @@ def read_rows(
     path: Path,  # JSON (a list) or JSON Lines
 ) -> list[dict[str, Any]]:
     "The rows of a published file."
-    return rows_of(path.read_text(encoding="utf-8-sig"))
+    with path.open(encoding="utf-8-sig") as file:
+        while (start := file.read(1)).isspace():  # as far as the table's first character
+            pass
+        file.seek(0)
+        return json.load(file) if start == "[" else [json.loads(line) for line in file if line.strip()]
 
 
 def _only(
@@ -225,6 +230,8 @@ def _members(
     found = []
     for name in sorted(archive.namelist()):
         if Path(name).suffix == suffix and Path(name).parent.as_posix().endswith(folder):
+            if (size := archive.getinfo(name).file_size) > MEMBER:
+                raise ConversionError(f"{name} in the archive has {size:,} bytes, and at most {MEMBER:,} are read")
             found.append((Path(name).name.split(".")[0], rows_of(archive.read(name).decode("utf-8"))))
     if not found:
         raise ConversionError(f"the archive has no folder {folder}")

@@ -17,6 +17,8 @@ from typing import Any
 BLOCK = 1 << 20  # bytes read at a time
 TIMEOUT = 15.0  # seconds without a byte
 ATTEMPTS = 4  # connections for one file, each beginning where the last broke off
+MOST = 16 << 30  # bytes of a file whose size nobody published
+PAGE = 16 << 20  # bytes of a web page
 PAUSE = 1.0  # seconds before the second attempt, doubled each time
 DRIVE_FOLDER = "https://drive.google.com/embeddedfolderview?id={}#list"
 DRIVE_FILE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
@@ -88,8 +90,12 @@ def _continue(
     address: str,
     part: Path,  # what is there so far, if anything
     progress: Callable[[int, int | None], None],  # told bytes and total
+    most: int,  # bytes
 ) -> bool:  # is the file whole?
-    "One connection: the rest of the file, or all of it if the server cannot continue or the file has changed there."
+    """One connection: the rest of the file, or all of it if the server cannot continue or the file has changed there.
+
+    Raises `FetchError` for more bytes than `most`.
+    """
     mark = part.with_name(part.name + ".mark")
     start = part.stat().st_size if part.exists() else 0
     same = mark.read_text(encoding="utf-8") if start and mark.exists() else None
@@ -106,10 +112,14 @@ def _continue(
         strong = response.headers.get("ETag") or ""
         mark.write_text(strong if strong.startswith('"') else response.headers.get("Last-Modified") or "", "utf-8")
         total = _total(response, start)
+        if (total or 0) > most:
+            raise FetchError(f"{address} has {total:,} bytes, and at most {most:,} are taken")
         with part.open("ab" if start else "wb") as file:
             try:
                 while block := response.read(BLOCK):
                     file.write(block)
+                    if file.tell() > most:
+                        raise FetchError(f"{address} sends more than {most:,} bytes; remove {part}")
                     progress(file.tell(), total)
             except (TimeoutError, ConnectionError, http.client.HTTPException):
                 return False
@@ -120,16 +130,18 @@ def download(
     address: str,
     target: Path,  # where the file shall lie
     progress: Callable[[int, int | None], None] = lambda done, total: None,
+    most: int = MOST,  # bytes
 ) -> None:
     """The file at `address`, by way of `target`.part, which a later call continues.
 
-    Raises `OfflineError` if the host cannot be reached, `FetchError` if it hasn't the file or keeps breaking off.
+    Raises `OfflineError` if the host cannot be reached, `FetchError` if it hasn't the file, keeps breaking off or sends
+    more than `most`.
     """
     part = target.with_name(target.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(ATTEMPTS):
         try:
-            if _continue(address, part, progress):
+            if _continue(address, part, progress, most):
                 part.with_name(part.name + ".mark").unlink(missing_ok=True)
                 part.replace(target)
                 return
@@ -149,7 +161,7 @@ def _drive_page(
 ) -> list[tuple[str, str, bool]]:  # (id, name, is it a folder?)
     "What a public folder's page lists."
     with _open(DRIVE_FOLDER.format(folder)) as response:
-        page = response.read().decode("utf-8", "replace")
+        page = response.read(PAGE).decode("utf-8", "replace")
     entries = re.findall(r'id="entry-([\w-]+)".*?href="([^"]+)".*?flip-entry-title">([^<]+)<', page, re.DOTALL)
     return [(identity, unescape(name).strip(), "/folders/" in link) for identity, link, name in entries]
 

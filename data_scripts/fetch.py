@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ MANIFEST = Path(__file__).with_name("manifest.json")
 RECORD = "fetched.json"  # in DIR: what was fetched and prepared, with hashes
 KEPT = "downloads"  # the folder in DIR for files as they came
 HUB = "https://huggingface.co"
+NEEDED = {"downloads": {"address", "date", "bytes", "sha256"}, "prepared": {"from", "bytes", "sha256", "rows"}}
 
 
 def read_json(
@@ -32,8 +34,10 @@ def read_json(
 ) -> dict[str, Any]:
     "A JSON object. Raises `FetchError` if it is damaged."
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no ordinary file")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FetchError(f"{path} cannot be read ({error}); delete it to begin anew") from error
     if not isinstance(value, dict):
         raise FetchError(f"{path} holds no JSON object; delete it to begin anew")
@@ -52,6 +56,9 @@ class Folder:
         for part in ("downloads", "prepared"):
             if not isinstance(self.record.setdefault(part, {}), dict):
                 raise FetchError(f"{self.file}: {part!r} must be an object; delete the file to begin anew")
+            for name, found in self.record[part].items():
+                if not isinstance(found, dict) or not NEEDED[part] <= found.keys() or type(found["bytes"]) is not int:
+                    raise FetchError(f"{self.file}: {name!r} is damaged; delete the file to begin anew")
 
     def save(self) -> None:
         "Writes the record, all or nothing."
@@ -84,18 +91,36 @@ def copied(
     name: str,
     target: Path,
 ) -> bool:  # was it there?
-    "Copies a file that lies under its name anywhere in the folder, or in a zip archive there."
-    for path in sorted(folder.rglob("*")):
-        if path.name == name and path.is_file():
-            shutil.copyfile(path, target)
+    "Copies a file that lies under its name anywhere in the folder, or in a zip archive there. Raises `FetchError`."
+    part = target.with_name(target.name + ".copied.part")
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.name == name:
+            shutil.copyfile(path, part)
+            part.replace(target)
             return True
-        if path.suffix == ".zip" and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.namelist():
-                    if Path(member).name == name:
-                        with archive.open(member) as source, target.open("wb") as file:
-                            shutil.copyfileobj(source, file)
-                        return True
+        if path.suffix == ".zip" and zipfile.is_zipfile(path) and _copied_member(path, name, part):
+            part.replace(target)
+            return True
+    return False
+
+
+def _copied_member(
+    path: Path,  # a zip archive
+    name: str,
+    target: Path,
+) -> bool:  # was it there?
+    "Copies one file of an archive, wherever in it the file lies. Raises `FetchError`."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if Path(member.filename).name == name:
+                    if member.file_size > downloads.MOST:
+                        raise FetchError(f"{name} in {path} has {member.file_size:,} bytes: more than are taken")
+                    with archive.open(member) as source, target.open("wb") as file:
+                        shutil.copyfileobj(source, file)
+                    return True
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:  # or encrypted
+        raise FetchError(f"{name} cannot be taken from {path} ({error}); unpack it by hand") from error
     return False
 
 
@@ -106,6 +131,7 @@ def from_hub(
     "A split of a data set on the hub, as JSON Lines. Raises `OfflineError` within seconds if the hub is out of reach."
     downloads._open(HUB).close()
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "30")
+    os.environ["HF_DATASETS_TRUST_REMOTE_CODE"] = "0"  # a data set's own code is never run
     from converters import from_hub as row_of
 
     try:
@@ -139,7 +165,9 @@ def bring(
             from_hub(entry, target)
             return f"{HUB}/datasets/{entry['hub']['name']}"
         address = entry.get("address") or downloads.drive_address(entry["drive_folder"], entry["file"])
-        downloads.download(address, target, show_progress(entry["file"]))
+        known = entry.get("bytes")  # a file that is somewhat longer is told by its size, once it is here
+        most = max(2 * known, 16 << 20) if known else downloads.MOST
+        downloads.download(address, target, show_progress(entry["file"]), most)
         return address
     except FetchError as error:
         if by_hand is None:
@@ -195,6 +223,9 @@ def fetch(
     return target
 
 
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
 # --- preparing --------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +250,7 @@ def prepare(
         return
     try:
         rows = CONVERTERS[made["converter"]](sources, out)
-    except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         reason = f"{type(error).__name__}: {error}"
         raise RefusedError(f"{made['file']} cannot be made of {', '.join(made['from'].values())}: {reason}") from error
     allowed = made["rows"] if isinstance(made["rows"], list) else [made["rows"]]

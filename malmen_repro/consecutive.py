@@ -4,26 +4,28 @@
 
 # %% auto #0
 __all__ = ['STATE', 'RememberingMALMEN', 'RememberingLeastSquares', 'ConsecutiveRunError', 'write_state', 'read_state',
-           'ConsecutiveRun', 'Consecutive', 'consecutive']
+           'batches_of', 'batch_number', 'ConsecutiveRun', 'Consecutive', 'consecutive']
 
 # %% ../nbs/13_consecutive.ipynb #be30071a
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .editors import EDITORS, MALMEN, Editor, EditorConfig, LeastSquares
-from .facts import Fact
+from .errors import quoted
+from .facts import Fact, facts_hash
+from .files import FileError, parse_json
 from .keys_and_gradients import KeysAndGradients
 from .language_models import LanguageModel, fingerprint, module_hash, same_model
 from .normal_equation import StreamingNormalEquation
 from .protocol import AnyEditor, EditorError
-from .weight_shifts import StoredEdit, WeightShift, read_tensors, write_tensors
+from .weight_shifts import StoredEdit, WeightShift, check_tensors, read_tensors, write_tensors
 
 # %% ../nbs/13_consecutive.ipynb #545b33be
 class RememberingMALMEN(MALMEN):
@@ -98,7 +100,8 @@ def write_state(
     about: Mapping[str, Any],  # where it stands, plain JSON
     tensors: Mapping[str, Tensor],
 ) -> Path:  # the folder
-    "Write the state of a consecutive run in one move, so that a stop in between leaves the old one."
+    "Write the state of a consecutive run, whole or not at all. Raises `FileError`."
+    about = {**about, "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()}}
     header = {"run": json.dumps(run), "about": json.dumps(about)}
     return write_tensors(Path(folder) / STATE, tensors, header).parent
 
@@ -112,11 +115,18 @@ def read_state(
 
     Raises `ConsecutiveRunError` for another method, other settings or another model, else `EditorError`.
     """
+    path = Path(folder) / STATE
     try:
-        found, header = read_tensors(Path(folder) / STATE)
-        theirs, about = json.loads(header["run"]), json.loads(header["about"])
-        their_method, their_model = theirs.pop("method"), theirs.pop("language_model")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        found, header = read_tensors(path)
+        theirs, about = (parse_json(header.get(name, "null"), path) for name in ("run", "about"))
+        if not isinstance(theirs, dict) or not isinstance(about, dict):
+            raise FileError(f"{path} does not say of which run it is the state, and where it stands")
+        their_method, their_model = theirs.pop("method", None), theirs.pop("language_model", None)
+        if not isinstance(shapes := about.pop("tensors", None), dict) or not isinstance(their_model, dict):
+            raise FileError(f"{path} does not say what belongs to it: it is damaged, or of an older version")
+        check_tensors(found, shapes, path)
+        batches_of(about, path)
+    except (FileError, TypeError) as error:  # TypeError: a shape that is none
         raise EditorError(f"{folder} holds no readable consecutive run: {error}") from error
     ours = json.loads(json.dumps(run))  # tuples become lists
     method, model = ours.pop("method"), ours.pop("language_model")
@@ -127,6 +137,30 @@ def read_state(
     if different := _differences(ours, theirs):
         raise ConsecutiveRunError(f"the run in {folder} was begun with other settings: {different}")
     return about, {name: tensor.to(device) for name, tensor in found.items()}
+
+
+# %% ../nbs/13_consecutive.ipynb #9851d9ed
+def batches_of(
+    about: Mapping[str, Any],  # where a run stands
+    where: object,  # what it was read from, for messages
+) -> tuple[int, int, list[str]]:  # batches, their facts, and a digest of each batch
+    "Which batches went in. Raises `FileError` if that isn't said."
+    batches, facts, digests = (about.get(name) for name in ("batches", "facts", "digests"))
+    counted = type(batches) is int and type(facts) is int and 0 <= batches <= facts
+    if not counted or not isinstance(digests, list) or len(digests) != batches:
+        raise FileError(f"{where} does not say which batches went in: it is damaged, or of an older version")
+    if wrong := [one for one in digests if not isinstance(one, str) or not re.fullmatch("[0-9a-f]{64}", one)]:
+        raise FileError(f"{where} has {quoted(wrong[0])} for the digest of a batch")
+    return batches, facts, digests
+
+
+def batch_number(
+    digests: Sequence[str],  # of the batches of a run
+    facts: Sequence[Fact],  # a batch
+) -> int | None:  # counted from 1; None if it did not go in
+    "Where a batch went into a run."
+    wanted = facts_hash(facts)
+    return digests.index(wanted) + 1 if wanted in digests else None
 
 
 def _differences(ours: dict, theirs: dict, prefix: str = "") -> str:
@@ -156,11 +190,36 @@ class ConsecutiveRun(Protocol):
     def edit(self, facts: Sequence[Fact], batch_size: int = 32, progress: bool = False) -> StoredEdit:
         "Take in a batch; the edit is that of all batches so far."
 
+    def holds(self, facts: Sequence[Fact]) -> int | None:
+        "Which batch this is, counted from 1; None if it did not go in."
+
     def save(self, folder: str | Path) -> Path:
         "Write the state after a batch."
 
     def resume(self, folder: str | Path) -> None:
         "Go on from a saved state."
+
+# %% ../nbs/13_consecutive.ipynb #ca598878
+def _shifts_and_earlier(
+    about: Mapping[str, Any], tensors: Mapping[str, Tensor], editor: AnyEditor
+) -> tuple[dict[str, Tensor], dict[str, StreamingNormalEquation]]:
+    "The shifts of a state, and the tokens that it remembers. Raises `FileError` if they are not of the edited layers."
+    shapes, tokens = editor.lm.shapes, about.get("tokens", {})
+    shifts = {layer: tensors[f"shift/{layer}"] for layer in shapes if f"shift/{layer}" in tensors}
+    grams = {layer: tensors[f"gram/{layer}"] for layer in shapes if f"gram/{layer}" in tensors}
+    if len(shifts) + len(grams) < len(tensors) or bool(shifts) != bool(about["batches"]):
+        raise FileError("its tensors are not those of the edited layers")
+    remembering = shapes if isinstance(editor, RememberingMALMEN) else ()
+    check_tensors(shifts, {layer: shapes[layer] for layer in shifts}, "shift")
+    check_tensors(grams, {layer: 2 * shapes[layer][1:] for layer in remembering}, "Gram matrix")
+    counted = isinstance(tokens, dict) and all(type(count) is int and count >= 0 for count in tokens.values())
+    if not counted or set(tokens) != set(grams):
+        raise FileError("it does not say how many tokens are remembered of each layer")
+    earlier = {}
+    for layer, gram in grams.items():
+        still = torch.zeros(shapes[layer][::-1], dtype=torch.float64, device=gram.device)
+        earlier[layer] = StreamingNormalEquation.from_sums(gram.double(), still, tokens[layer], layer=layer)
+    return shifts, earlier
 
 # %% ../nbs/13_consecutive.ipynb #2d783a2f
 class Consecutive:
@@ -176,7 +235,7 @@ class Consecutive:
 
     def reset(self) -> None:
         "Forget all batches."
-        self.shift, self.batches, self.facts = WeightShift({}), 0, 0
+        self.shift, self.batches, self.facts, self.digests = WeightShift({}), 0, 0, []
         if isinstance(self.editor, RememberingMALMEN):
             self.editor.remembered = self.editor.nothing()
 
@@ -192,19 +251,27 @@ class Consecutive:
             new = self.editor.edit(facts, progress=progress, **size)
         if not isinstance(new, WeightShift):
             raise EditorError(f"{self.method} gives {type(new).__name__}, which can't be added up: use it as it is")
-        self._stands_at(self.shift + new, self.batches + 1, self.facts + len(facts))
+        self._stands_at(self.shift + new, self.facts + len(facts), [*self.digests, facts_hash(facts)])
         return self.shift
 
-    def _stands_at(self, shift: WeightShift, batches: int, facts: int) -> None:
-        about = {"method": self.method, "facts": facts, "batches": batches}
-        self.shift, self.batches, self.facts = WeightShift(shift.shifts, about), batches, facts
+    def holds(
+        self,
+        facts: Sequence[Fact],  # a batch
+    ) -> int | None:  # counted from 1; None if it did not go in
+        "Which batch this is."
+        return batch_number(self.digests, facts)
+
+    def _stands_at(self, shift: WeightShift, facts: int, digests: list[str]) -> None:
+        about = {"method": self.method, "facts": facts, "batches": len(digests)}
+        self.shift, self.facts, self.digests = WeightShift(shift.shifts, about), facts, digests
+        self.batches = len(digests)
 
     def save(
         self,
         folder: str | Path,  # made if it is not there
     ) -> Path:  # the folder
         "Write the state after a batch: the shift so far, and the Gram matrices of a MALMEN that remembers."
-        about: dict[str, Any] = {"batches": self.batches, "facts": self.facts}
+        about: dict[str, Any] = {"batches": self.batches, "facts": self.facts, "digests": self.digests}
         tensors = {f"shift/{layer}": shift for layer, shift in self.shift.shifts.items()}
         if isinstance(self.editor, RememberingMALMEN):
             about["tokens"] = {layer: earlier.tokens for layer, earlier in self.editor.remembered.items()}
@@ -215,14 +282,15 @@ class Consecutive:
         self,
         folder: str | Path,  # what `save` wrote
     ) -> None:
-        "Go on from a saved state. Raises as `read_state`."
+        "Go on from a saved state. Raises as `read_state`; the run is then as it was."
         about, tensors = read_state(folder, self._about(), self.lm.device)
-        shifts = {layer: tensors[name] for layer in self.lm.layers if (name := f"shift/{layer}") in tensors}
-        self._stands_at(WeightShift(shifts), about["batches"], about["facts"])
-        for layer, tokens in about.get("tokens", {}).items():
-            still = torch.zeros(self.lm.shapes[layer][::-1], dtype=torch.float64, device=self.lm.device)
-            kept = StreamingNormalEquation.from_sums(tensors[f"gram/{layer}"], still, tokens, layer=layer)
-            self.editor.remembered[layer] = kept
+        try:
+            shifts, earlier = _shifts_and_earlier(about, tensors, self.editor)
+        except FileError as error:
+            raise EditorError(f"{folder} holds no readable consecutive run: {error}") from error
+        self._stands_at(WeightShift(shifts), about["facts"], about["digests"])
+        if isinstance(self.editor, RememberingMALMEN):
+            self.editor.remembered = earlier
 
     def _about(self) -> dict[str, Any]:
         "What tells this run from others: settings, and digests of what the editor was trained to or read."

@@ -29,12 +29,15 @@ def answer_predictions(
     batch_size: int = 64,  # rows in the language model at once
     progress: str = "",  # what a progress bar says; none if empty
 ) -> tuple[list[list[int]], list[list[int]]]:  # predicted and wanted tokens, a list a pair
-    "Teacher-forced: the most probable token at each answer position, the answer's own tokens being read so far."
+    """Teacher-forced: the most probable token at each answer position, the answer's own tokens being read so far.
+
+    Raises `NonFiniteLogitsError` for a model, or an edit, whose outputs are not finite.
+    """
     predicted: list[list[int]] = [[] for _ in pairs]
     wanted: list[list[int]] = [[] for _ in pairs]
     with progress_bar(total=len(pairs), desc=progress, disable=not progress, leave=False) as bar:
         for batch in lm.batches(pairs, batch_size):
-            guesses = lm.answer_logits(batch).argmax(-1)
+            guesses = lm.most_probable(batch)
             for row, guess, label in zip(*(t.tolist() for t in (batch.rows, guesses, batch.labels)), strict=True):
                 predicted[row].append(guess)
                 wanted[row].append(label)

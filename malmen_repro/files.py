@@ -7,6 +7,7 @@ __all__ = ['FileError', 'regular', 'read_bytes', 'parse_json', 'read_json', 'fil
            'write_json', 'folder_replacing', 'write_sealed', 'read_sealed', 'check_output', 'locked']
 
 # %% ../nbs/17_files.ipynb #4daba2ee
+import ctypes
 import glob
 import hashlib
 import json
@@ -188,6 +189,44 @@ def write_json(
     return write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 # %% ../nbs/17_files.ipynb #8d83e9c5
+def _exchange(one: Path, other: Path) -> bool:
+    "Let two folders change names in one move, where the system can do that (Linux, macOS)."
+    try:
+        system = ctypes.CDLL(None)
+        names = os.fsencode(one), os.fsencode(other)
+        if hasattr(system, "renameat2"):
+            return system.renameat2(-100, names[0], -100, names[1], 2) == 0  # -100: a path from here; 2: exchange
+        return hasattr(system, "renamex_np") and system.renamex_np(*names, 2) == 0
+    except (OSError, TypeError):  # Windows has no such library
+        return False
+
+
+def _put_in_place(part: Path, path: Path) -> None:
+    "Move a folder over another, which is removed; if the second of two moves fails, the first is undone."
+    if path.exists() and _exchange(part, path):
+        _flush(path.parent)
+        _drop(part)
+        return
+    old = part.with_name(part.name + ".old")
+    if path.exists():
+        path.rename(old)
+    try:
+        part.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    _flush(path.parent)
+    _drop(old)
+
+
+def _put_back(path: Path) -> None:
+    "Bring back a folder whose writer was stopped between two moves."
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.part.old"):
+        if not path.exists():
+            old.rename(path)
+
+
 @contextmanager
 def folder_replacing(
     path: str | os.PathLike,  # where the folder shall be: nothing, an empty folder, or one that is to be replaced
@@ -197,27 +236,32 @@ def folder_replacing(
     with _named(path):
         try:
             part = _fresh(path)
+            _put_back(path)
             part.mkdir()
             yield part
             for inside in part.rglob("*"):
                 if inside.is_file():
                     os.chmod(inside, stat.S_IMODE(part.stat().st_mode) & 0o666)
                 _flush(inside)
-            old = path.with_name(part.name + ".old") if path.exists() else None
-            if old is not None:
-                path.rename(old)
-            part.rename(path)
-            _flush(path.parent)
-            if old is not None:
-                _drop(old)
+            _put_in_place(part, path)
         except BaseException:
             if part is not None:
                 _drop(part)
             raise
 
 
+# %% ../nbs/17_files.ipynb #b7bad981
 def _next(seal: Path) -> Path:
     return seal.with_name(f".{seal.name}.next")
+
+
+def _matches(path: Path, seal: Path) -> bool:
+    "Whether the files beside a seal are those that `path`, the seal or the next one, says. Raises `FileError`."
+    about = read_json(path)
+    files = about.get("files") if isinstance(about, dict) else None
+    if not isinstance(files, dict) or any(name != Path(name).name or name in ("", "..") for name in files):
+        raise FileError(f"{path} does not say which files belong to it: it is damaged, or of an older version")
+    return all(file_hash(seal.with_name(name)) == known for name, known in files.items())
 
 
 def write_sealed(
@@ -229,6 +273,8 @@ def write_sealed(
     seal, parts = Path(seal), {}
     with _named(seal.parent):
         try:
+            if _next(seal).exists() and _matches(_next(seal), seal):  # its writer was stopped before the last move
+                _next(seal).replace(seal)
             for name, write in neighbours.items():
                 parts[name] = _fresh(seal.with_name(name))
                 os.close(os.open(parts[name], os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -255,15 +301,10 @@ def read_sealed(
 ) -> dict[str, Any]:  # what it says
     "A seal whose neighbours are those that it was written with. Raises `FileError` if they are others, or damaged."
     seal = Path(seal)
-    for path in (seal, _next(seal)):
-        if path == seal or path.exists():
-            about = read_json(path)
-            if not isinstance(about, dict) or not isinstance(about.get("files"), dict):
-                raise FileError(f"{path} does not say which files belong to it: it is damaged, or of an older version")
-            if all(file_hash(seal.with_name(name)) == known for name, known in about["files"].items()):
-                return about
-    names = ", ".join([seal.name, *about["files"]])
-    raise FileError(f"the files {names} in {seal.parent} do not belong together: one was changed or is damaged")
+    for path in [path for path in (seal, _next(seal)) if path.exists()] or [seal]:
+        if _matches(path, seal):
+            return read_json(path)
+    raise FileError(f"{seal} and the files beside it do not belong together: one was changed or is damaged")
 
 # %% ../nbs/17_files.ipynb #c0c68df8
 def check_output(
@@ -274,10 +315,14 @@ def check_output(
     "Raises `FileError` if a file or folder cannot be written there, or the disk has no room for it."
     path = Path(path)
     try:
+        if "\0" in str(path):
+            raise ValueError("its name has a zero byte in it")
         there = path.exists()
         if there and path.is_dir() != folder:
             found, wanted = ("file", "folder") if folder else ("folder", "file")
             raise FileError(f"{path} is a {found}; a {wanted} is to be written")
+        if there and not folder and not path.is_file():  # it would be replaced by a file
+            raise FileError(f"{path} is no ordinary file, but a device or a pipe; a file is to be written")
         above = path if folder and there else path.parent
         while not above.exists():
             above = above.parent

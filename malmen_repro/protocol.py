@@ -13,11 +13,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
-from safetensors import SafetensorError, safe_open
-
 from .facts import Fact, MalmenError, near_misses
+from .files import FileError
 from .language_models import LanguageModel
-from .weight_shifts import StoredEdit, WeightShift
+from .weight_shifts import StoredEdit, WeightShift, read_header
 
 # %% ../nbs/09_protocol.ipynb #c6c4e502
 class EditorError(MalmenError, ValueError):
@@ -119,9 +118,8 @@ def load_edit(
 ) -> StoredEdit:  # a `WeightShift`, or what another editor gives
     "Read an edit of any kind. Raises `WeightShiftError` for anything else."
     try:
-        with safe_open(Path(path), framework="pt") as file:
-            written = (file.metadata() or {}).get("format")
-    except (SafetensorError, OSError):
+        written = read_header(path).get("format")
+    except FileError:
         written = None  # `WeightShift.load` has the words for it
     kinds: dict[str, Any] = {kind.file_format: kind for kind in (find_editor(name).gives for name in editor_names())}
     return kinds.get(written or "", WeightShift).load(path)

@@ -5,15 +5,21 @@
 # %% auto #0
 __all__ = ['CANDIDATES', 'OBSERVED', 'TrainingError', 'NonFiniteMetaGradientError', 'TrainingConfig', 'Trainable', 'has_moments',
            'cache_tokens', 'chunks', 'Inferred', 'infer', 'Block', 'meta_loss_terms', 'meta_loss', 'backpropagate',
-           'meta_gradient', 'Curriculum', 'make_optimizer', 'schedule', 'adam_step', 'tune_learning_rate',
-           'without_training', 'write_checkpoint', 'read_checkpoint', 'save_checkpoint', 'resume', 'train']
+           'meta_gradient', 'Curriculum', 'make_optimizer', 'schedule', 'held_back', 'adam_step', 'tune_learning_rate',
+           'without_training', 'write_checkpoint', 'read_checkpoint', 'check_weights', 'save_checkpoint', 'resume',
+           'train']
 
 # %% ../nbs/11_training.ipynb #2fc74f3a
 import copy
 import math
 import random
+import signal
+import threading
 import time
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -23,13 +29,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import SEED, SWITCH, check_settings, number, optional_rule, whole
-from .facts import Fact, MalmenError, Pair, check_facts
+from .errors import SEED, SWITCH, MalmenError, check_settings, number, optional_rule, whole
+from .facts import Fact, Pair, check_facts, facts_hash
+from .files import FileError, regular, replacing
 from .keys_and_gradients import KeysAndGradients, at_least_float32, fine_tuning_loss
-from .language_models import EncodedPair, LanguageModel
+from .language_models import EncodedPair, LanguageModel, fingerprint, same_model
 from .normal_equation import Factor
 from .progress import progress_bar
-from .weight_shifts import check_finite, overlaid
+from .weight_shifts import check_finite, check_tensors, overlaid
 
 # %% ../nbs/11_training.ipynb #e5281456
 class TrainingError(MalmenError, ValueError):
@@ -314,23 +321,55 @@ def schedule(config: TrainingConfig, step: int) -> float:
     fall = 0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, step / config.steps))) / 2 if config.decay else 1.0
     return rise * fall
 
+# %% ../nbs/11_training.ipynb #883696c6
+@contextmanager
+def held_back() -> Iterator[None]:
+    "While on, Ctrl-C and SIGTERM wait; then they take their course. Only the main thread ever gets them."
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread() or None in handlers.values():
+        yield
+        return
+    came: list[int] = []
+    with ExitStack() as stack:
+        stack.callback(lambda: [signal.raise_signal(number) for number in came])  # last, when all stand again
+        for number, handler in handlers.items():
+            stack.callback(signal.signal, number, handler)
+            signal.signal(number, lambda number, _frame: came.append(number))
+        yield
 
+# %% ../nbs/11_training.ipynb #44e73dd0
 def adam_step(editor: Trainable, optimizer: torch.optim.Optimizer, factor: float, max_norm: float) -> float:
-    "Clip and step. Returns the norm; raises `NonFiniteMetaGradientError` and leaves the editor as it was."
+    """Clip and step, whole or not at all. Returns the norm.
+
+    Raises `NonFiniteMetaGradientError` for a gradient or a parameter that is not finite; all is then as it was.
+    """
     norm = torch.nn.utils.clip_grad_norm_(editor.parameters(), max_norm).item()
+    named = dict(editor.networks.named_parameters())
     if not math.isfinite(norm):
-        wrong = [
-            name
-            for name, p in editor.networks.named_parameters()
-            if p.grad is not None and not torch.isfinite(p.grad).all()
-        ]
-        raise NonFiniteMetaGradientError(f"the meta-gradient of {wrong[0]} is not finite")
+        wrong = [name for name, p in named.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        raise NonFiniteMetaGradientError(f"the meta-gradient of {wrong[0] if wrong else 'all'} is not finite")
+    before = {name: p.detach().clone() for name, p in named.items()}, copy.deepcopy(optimizer.state_dict())
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group["lr"] = group["initial_lr"] * factor
-    optimizer.step()
-    optimizer.zero_grad()
+    with held_back():
+        optimizer.step()
+        _check_step(named, before[0], optimizer, before[1])
+        optimizer.zero_grad()
     return norm
+
+
+@torch.no_grad()
+def _check_step(
+    named: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, state: dict
+) -> None:
+    "Take a step back if it made a parameter infinite or not a number; log 0 was infinite before, and may stay so."
+    finite = {name: torch.isfinite(p) | (p == before[name]) for name, p in named.items()}
+    if wrong := [name for name, entries in finite.items() if not entries.all()]:
+        for name, parameter in named.items():
+            parameter.copy_(before[name])
+        optimizer.load_state_dict(state)
+        raise NonFiniteMetaGradientError(f"a step of Adam makes {wrong[0]} not finite: try lower rates")
 
 # %% ../nbs/11_training.ipynb #4af8e342
 CANDIDATES = tuple(10 ** (k / 2) for k in range(-14, 3))  # values of eta, 1e-7 to 10
@@ -366,7 +405,10 @@ def _tune(editor: Trainable, block: Block, config: TrainingConfig, candidates: S
         total = sum(term.item() for _, term in terms)
         return total if math.isfinite(total) else math.inf
 
-    best = min(candidates, key=loss)
+    losses = {rate: loss(rate) for rate in candidates}
+    best = min(losses, key=losses.__getitem__)
+    if not math.isfinite(losses[best]):
+        raise NonFiniteMetaGradientError(f"the meta loss is not finite at any eta from {min(losses)} to {max(losses)}")
     for network in editor.networks.values():
         network.log_learning_rate.fill_(math.log(best))
     return best
@@ -392,11 +434,9 @@ def write_checkpoint(
     run: dict[str, Any],  # what tells this run from others
     state: dict[str, Any],  # what it needs to go on
 ) -> None:
-    "Write in one move, so that a stop in between leaves the old file."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save({**state, "run": run}, part)
-    part.replace(path)
+    "Write a checkpoint whole or not at all. Raises `FileError`."
+    with replacing(path) as part:
+        torch.save({**state, "run": run}, part)
 
 
 def read_checkpoint(
@@ -409,35 +449,142 @@ def read_checkpoint(
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(regular(path)) as parts:  # torch.load looks at no checksum
+            if parts.testzip() is not None:
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location=device, weights_only=True)
-        theirs = state["run"]
+        theirs = dict(state["run"])
     except Exception as error:  # torch.load raises many kinds
-        raise TrainingError(f"the checkpoint {path} is damaged; remove it to start anew") from error
-    if different := [name for name, value in run.items() if name != free and theirs.get(name) != value]:
-        raise TrainingError(f"the checkpoint {path} belongs to another run: {', '.join(different)} differ")
+        said = f" ({error})" if isinstance(error, FileError) else ""
+        raise TrainingError(f"the checkpoint {path} is damaged{said}; remove it to start anew") from error
+    if different := _different(run, theirs, free):
+        said = f"belongs to another run: {', '.join(different)} differ; remove it, or give another place"
+        raise TrainingError(f"the checkpoint {path} {said}")
     return state
 
 
-def save_checkpoint(
-    editor: Trainable, optimizer: torch.optim.Optimizer, history: list[dict], path: Path, config: TrainingConfig
+def _different(run: dict[str, Any], theirs: dict[str, Any], free: str) -> list[str]:
+    "In what two runs differ."
+    found = []
+    for name in {**run, **theirs}:
+        ours, other = run.get(name), theirs.get(name)
+        if name == "language_model" and isinstance(ours, dict):
+            difference = same_model(ours, other if isinstance(other, dict) else {})
+            found += [f"the language model ({difference})"] if difference else []
+        elif name != free and (name not in theirs or type(ours) is not type(other) or ours != other):
+            found.append(name)
+    return found
+
+
+# %% ../nbs/11_training.ipynb #4f32eb45
+def check_weights(
+    networks: nn.Module,  # of an editor
+    weights: Mapping[str, Tensor],  # what is to be loaded into them
+    where: object,  # what they were read from, for messages
 ) -> None:
-    "Write everything a run needs to go on."
-    state = {"networks": editor.networks.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-    write_checkpoint(path, _run(editor, config), state)
+    "Raises `FileError` for weights of other names or shapes, or that no network can have."
+    if not isinstance(weights, Mapping):
+        raise FileError(f"{where} holds no weights")
+    # lambda may be 0, and its logarithm is then infinite
+    off = {name: w.masked_fill(w == -math.inf, 0) for name, w in weights.items() if name.endswith("log_regularization")}
+    ours = networks.state_dict()
+    check_tensors({**weights, **off}, {name: weight.shape for name, weight in ours.items()}, where)
+    for name, tensor in weights.items():
+        if not torch.isfinite(off.get(name, tensor).to(ours[name].dtype)).all():
+            raise FileError(f"{where}: {name} is too large for its precision")
+        if name.endswith((".count", ".squares")) and (tensor < 0).any():
+            raise FileError(f"{where}: {name} is below zero")
 
 
-def _run(editor: Trainable, config: TrainingConfig) -> dict[str, Any]:
+def _check_optimizer(optimizer: torch.optim.Optimizer, saved: Any, steps: int, where: object) -> None:
+    "Raises `FileError` if a saved state is not one of this optimizer after some steps."
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        for ours, theirs in zip(groups, saved["param_groups"], strict=True):
+            wanted = {**ours, "initial_lr": ours["lr"]}
+            if any(theirs[name] != value for name, value in wanted.items() if name in theirs and name != "lr"):
+                raise FileError(f"{where}: the optimizer has other settings")
+        if not set(saved["state"]) <= set(range(len(parameters))):
+            raise FileError(f"{where}: the optimizer has other parameters")
+        for index, moments in saved["state"].items():
+            shape = parameters[index].shape
+            check_tensors(moments, {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, f"{where}, optimizer")
+            if not 1 <= moments["step"] <= steps or (moments["exp_avg_sq"] < 0).any():
+                raise FileError(f"{where}: the optimizer stands at another step")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise FileError(f"{where}: the optimizer's state cannot be used") from error
+
+
+def _check_history(history: Any, where: object) -> None:
+    "Raises `FileError` for anything but a record a step."
+    records = history if isinstance(history, list) else [None]
+    for step, record in enumerate(records):
+        values = record.values() if isinstance(record, dict) and record.get("step") == step else [None]
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            raise FileError(f"{where}: the record of step {step} cannot be used")
+
+# %% ../nbs/11_training.ipynb #d2d3afd4
+def _run(editor: Trainable, facts: Sequence[Fact], config: TrainingConfig) -> dict[str, Any]:
     "What tells one training from another."
-    return {**asdict(config), **asdict(editor.config), "method": editor.method}
+    settings = {**asdict(config), **{f"editor's {name}": value for name, value in asdict(editor.config).items()}}
+    model = {"language_model": fingerprint(editor.lm), "dtype": str(editor.lm.dtype)}
+    return {**settings, **model, "method": editor.method, "facts": facts_hash(facts)}
 
 
-def resume(editor: Trainable, optimizer: torch.optim.Optimizer, path: Path, config: TrainingConfig) -> list[dict]:
+def save_checkpoint(
+    editor: Trainable,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict],
+    path: Path,
+    run: dict[str, Any],  # what tells this training from another
+) -> None:
+    "Write everything a run needs to go on. Raises `FileError`."
+    state = {"networks": editor.networks.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    write_checkpoint(path, run, state)
+
+
+def resume(editor: Trainable, optimizer: torch.optim.Optimizer, path: Path, run: dict[str, Any]) -> list[dict]:
     "Go on from a checkpoint if there is one. Raises `TrainingError` if it belongs to another run or is damaged."
-    if (state := read_checkpoint(path, _run(editor, config), editor.lm.device, free="steps")) is None:
+    if (state := read_checkpoint(path, run, editor.lm.device, free="steps")) is None:
         return []
+    try:
+        history = state.get("history")
+        _check_history(history, path)
+        check_weights(editor.networks, state.get("networks"), path)
+        _check_optimizer(optimizer, state.get("optimizer"), len(history), path)
+    except FileError as error:
+        raise TrainingError(f"the checkpoint {path} is damaged ({error}); remove it to start anew") from error
     editor.networks.load_state_dict(state["networks"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["history"]
+    if len(history) > run["steps"]:
+        warnings.warn(f"the checkpoint {path} has {len(history)} steps, {run['steps']} are asked for", stacklevel=3)
+    return history
+
+# %% ../nbs/11_training.ipynb #ef85e622
+def _step(
+    editor: Trainable, optimizer: torch.optim.Optimizer, curriculum: Curriculum, step: int, history: list[dict]
+) -> None:
+    "One step of Adam, whole or not at all: whatever stops it, parameters, moments and history agree."
+    config, start, done = curriculum.config, time.perf_counter(), len(history)
+    buffers = {name: buffer.clone() for name, buffer in editor.networks.named_buffers()}
+    optimizer.zero_grad()  # of a step that was stopped
+    try:
+        losses = meta_gradient(editor, curriculum.block(step), config)
+        if wrong := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+            raise NonFiniteMetaGradientError(f"the {wrong[0]} loss is {losses[wrong[0]]}")
+        with held_back():
+            norm = adam_step(editor, optimizer, schedule(config, step), config.max_meta_gradient_norm)
+            history.append({"step": step, **losses, "norm": norm, "seconds": time.perf_counter() - start})
+    except BaseException as error:
+        with held_back():
+            if len(history) == done:  # the normalisers have seen this step's tokens already
+                for name, buffer in editor.networks.named_buffers():
+                    buffer.copy_(buffers[name])
+                optimizer.zero_grad()
+        if isinstance(error, NonFiniteMetaGradientError):
+            raise NonFiniteMetaGradientError(f"step {step}: {error}") from error
+        raise
 
 # %% ../nbs/11_training.ipynb #e8674f07
 def train(
@@ -452,29 +599,43 @@ def train(
 ) -> list[dict]:  # a record a step: losses, norm of the meta-gradient, seconds
     """Train an editor with Algorithm 2 and Adam.
 
-    Raises `TrainingError`, `FactError` and the errors of the language model's room before anything runs;
-    `NonFiniteMetaGradientError` and the errors of a step while it runs; what was learned by then is kept.
+    Raises `TrainingError`, `FactError` and the errors of notebook 03 before anything runs; while it runs
+    `NonFiniteMetaGradientError`, `FileError` and the errors of a step. Whatever stops it, Ctrl-C included, what was
+    learned in whole steps is kept, in the checkpoint too.
     """
     config = replace(config or TrainingConfig(), **options)
+    if checkpoint_every < 1:
+        raise TrainingError(f"checkpoint_every must be at least 1, is {checkpoint_every}")
     check_facts(facts)
     curriculum = Curriculum(editor.lm, facts, config)
-    optimizer, history = make_optimizer(editor, config), []
+    optimizer, history, keep = make_optimizer(editor, config), [], None
     if checkpoint is not None:
-        history = resume(editor, optimizer, Path(checkpoint), config)
+        keep = Path(checkpoint), _run(editor, facts, config)
+        history = resume(editor, optimizer, *keep)
     if config.tuned_start and not history:
         _tune(editor, curriculum.whole_block(), config)
-    steps = progress_bar(
-        range(len(history), config.steps),
-        desc=f"train {editor.method} at m={config.num_facts}",
-        disable=not progress,
-        leave=False,
-    )
-    for step in steps:
-        start = time.perf_counter()
-        record = {"step": step, **meta_gradient(editor, curriculum.block(step), config)}
-        record["norm"] = adam_step(editor, optimizer, schedule(config, step), config.max_meta_gradient_norm)
-        history.append({**record, "seconds": time.perf_counter() - start})
-        steps.set_postfix(gen=f"{record['generalization']:.3f}", loc=f"{record['locality']:.3f}")
-        if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps):
-            save_checkpoint(editor, optimizer, history, Path(checkpoint), config)
+    bar = f"train {editor.method} at m={config.num_facts}"
+    steps, saved = range(len(history), config.steps), len(history)
+    try:
+        for step in (shown := progress_bar(steps, desc=bar, disable=not progress, leave=False)):
+            _step(editor, optimizer, curriculum, step, history)
+            shown.set_postfix(gen=f"{history[-1]['generalization']:.3f}", loc=f"{history[-1]['locality']:.3f}")
+            if keep is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps):
+                saved = step + 1  # now: a disk that is full is not tried twice
+                save_checkpoint(editor, optimizer, history, *keep)
+    except BaseException:  # Ctrl-C too
+        if keep is not None and len(history) > saved:
+            _save_on_the_way_out(editor, optimizer, history, *keep)
+        raise
     return history
+
+
+def _save_on_the_way_out(
+    editor: Trainable, optimizer: torch.optim.Optimizer, history: list[dict], path: Path, run: dict
+) -> None:
+    "`save_checkpoint`; what stopped the training matters more than a full disk, which is only a warning."
+    try:
+        save_checkpoint(editor, optimizer, history, path, run)
+    except FileError as error:
+        warnings.warn(f"{error}; the steps since the last checkpoint are lost", stacklevel=3)
+

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tests.holds_stub  # noqa: F401
 from malmen_repro import cli, progress
 from malmen_repro.consecutive import RememberingMALMEN, consecutive
 from malmen_repro.editors import MALMEN, Editor, EditorConfig

@@ -215,7 +215,7 @@ WRAPPINGS = {
 
 # The tests run with the types in signatures checked, which catches a wrong type before the module's own check does.
 # A user's program runs without, so what happens there to a wrong type is tested on a copy of the module without.
-_spec = importlib.util.spec_from_file_location("unchecked_facts", checked.__file__)
+_spec = importlib.util.spec_from_file_location("malmen_repro.unchecked_facts", checked.__file__)
 unchecked = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(unchecked)
 

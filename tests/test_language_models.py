@@ -1,5 +1,6 @@
 """Language models: weight layout, layer patterns, token batches, families, gathering, padding, errors, fingerprints."""
 
+import copy
 import json
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -263,14 +264,56 @@ def test_byte_level_tokens_lose_nothing(pairs):
     tokenizer = BYTES
     for (prompt, answer), encoded in zip(pairs, Decoder(SHARED.model, tokenizer).encode(pairs), strict=True):
         text = "".join(tokenizer.convert_ids_to_tokens([*encoded.prompt, *encoded.answer]))
-        joined = "".join(tokenizer.tokenize(f"{prompt} {answer}"))
+        between = "" if prompt[-1].isspace() or answer[0].isspace() else " "
+        joined = "".join(tokenizer.tokenize(f"{prompt}{between}{answer}"))
         assert text == joined and encoded.prompt and encoded.answer
 
 
 @pytest.mark.parametrize("prompt", ["Q: ", "Q:\n", "Q:\t ", "Q"])
-def test_prompts_that_end_in_white_space(prompt):
+def test_prompts_that_end_in_white_space_keep_it_and_get_no_more(prompt):
     (encoded,) = Decoder(SHARED.model, BYTES).encode([(prompt, "paris")])
-    assert BYTES.convert_ids_to_tokens(encoded.answer)[-1].endswith("paris")
+    said = ["".join(BYTES.convert_ids_to_tokens(part)) for part in encoded]
+    between = " " if prompt == "Q" else ""
+    assert said == ["".join(BYTES.tokenize(text)) for text in (prompt, f"{between}paris")]
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+@pytest.mark.parametrize("pair", [("<s><u>Q\n<a>\n\n", "paris"), ("<s>Q<a>", "paris</s>"), ("Q</s>", "a b")])
+def test_what_a_chat_template_wrote_is_read_as_it_stands(template, pair):
+    tokenizer, (prompt, answer) = chat_tokenizer(template), pair
+    (encoded,) = Decoder(SHARED.model, tokenizer).encode([(prompt, answer)])
+    bare = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    begins = template.startswith("<s>") and not prompt.startswith("<s>")
+    opening = [tokenizer.bos_token_id] if begins else []
+    assert [*encoded.prompt, *encoded.answer] == [*opening, *bare]
+    assert tokenizer.decode(encoded.prompt[len(opening) :]) == prompt and tokenizer.decode(encoded.answer) == answer
+
+
+def test_an_end_token_is_part_of_a_decoders_answer_if_it_is_asked_for():
+    tokenizer = chat_tokenizer("<s> $A")
+    (plain,), (ended,) = (Decoder(SHARED.model, tokenizer, ends).encode([("Q", "paris")]) for ends in (None, True))
+    assert ended == EncodedPair(plain.prompt, (*plain.answer, tokenizer.eos_token_id))
+
+
+def chat_tokenizer(template):
+    "Bytes, with a beginning, an end and the marks of user and assistant."
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<u>", "<a>"])
+    names = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<u>", "<a>"]
+    )
+
+
+def test_a_token_outside_the_embeddings_is_refused(gpt2):
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["strange"])
+    lm = LanguageModel(gpt2.model, tokenizer)
+    with pytest.raises(LanguageModelError, match="don't belong together"):
+        lm.encode([("w1 strange", "w2")])
 
 
 def test_an_answer_that_merges_with_the_prompt_stands_alone():
@@ -628,7 +671,7 @@ def test_encoder_and_decoder_read_what_they_should(kind):
         read = batch.inputs["input_ids"][i][batch.inputs["attention_mask"][i].bool()].tolist()
         assert read == [*prompt, 0]  # the end of sequence that the tokenizer adds stays
         written = batch.inputs["decoder_input_ids"][i][batch.inputs["decoder_attention_mask"][i].bool()].tolist()
-        assert written == [0, *answer[:-1]] and batch.labels[batch.rows == row].tolist() == answer  # without an end
+        assert written == [0, *answer] and batch.labels[batch.rows == row].tolist() == [*answer, 0]  # 0 is the end too
     assert torch.equal(batch.answer_mask, batch.inputs["decoder_attention_mask"].bool())
 
 
@@ -670,10 +713,10 @@ def test_t5_has_no_limit_and_bart_has_one():
     assert toy_encoder_decoder().context is None and len(toy_encoder_decoder().encode(long)) == 1
     bart = toy_encoder_decoder(kind="bart")
     assert bart.context == 24
-    for prompt, answer in (("w1 " * 24, "w2"), ("w1", "w2 " * 25)):
+    for prompt, answer in (("w1 " * 24, "w2"), ("w1", "w2 " * 24)):
         with pytest.raises(ContextLengthError, match="25 tokens"):
             bart.encode([(prompt, answer)])
-    for prompt, answer in (("w1 " * 23, "w2"), ("w1", "w2 " * 24)):
+    for prompt, answer in (("w1 " * 23, "w2"), ("w1", "w2 " * 23)):
         assert bart.answer_logits(*bart.batches([(prompt, answer)])).isfinite().all()
 
 
@@ -685,7 +728,7 @@ def test_an_answer_of_nothing_is_refused_by_an_encoder_decoder(answer):
 
 def test_a_decoder_needs_a_token_to_start_with():
     model = t5()
-    model.config.decoder_start_token_id = None
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
     with pytest.raises(LanguageModelError, match="T5ForConditionalGeneration has no decoder_start_token_id"):
         LanguageModel(model, word_tokenizer(), "*.wo")
 
@@ -826,29 +869,35 @@ def test_another_precision_is_the_same_model(lm, dtype):
     assert same_model(ours, fingerprint(lm)) is None and same_model(fingerprint(lm), ours) is None
 
 
-def test_samples_are_spread_over_the_weight_in_the_papers_layout(gpt2):
-    name, layer = next(iter(gpt2.layers.items()))
-    flat = weight_view(layer).reshape(-1)
-    found = fingerprint(gpt2, samples=3)["layers"][name]
-    assert found["shape"] == [16, 64] and found["weights"] == [flat[0], flat[511], flat[-1]]
-    assert len(fingerprint(gpt2)["layers"][name]["weights"]) == 16
+def test_one_weight_anywhere_is_another_model(lm):
+    ours = fingerprint(lm)
+    for weight in lm.model.state_dict().values():
+        if weight.is_floating_point() and weight.numel():
+            old = weight.view(-1)[-1].clone()
+            weight.view(-1)[-1] += 0.5
+            assert same_model(ours, fingerprint(lm)) == "its weights differ"
+            weight.view(-1)[-1] = old
+    assert same_model(ours, fingerprint(lm)) is None
 
 
-def test_layers_with_more_weights_than_float32_counts(gpt2):
-    # GPT-J's layers hold 16384 x 4096 weights, one more than the largest index; as a float32 that index rounds up.
-    name, layer = next(iter(gpt2.layers.items()))
-    layer.weight = torch.nn.Parameter(torch.ones(1, 1).expand(16384, 4096), requires_grad=False)
-    assert fingerprint(gpt2)["layers"][name] == {"shape": [4096, 16384], "weights": [1.0] * 16}
+def test_half_precisions_of_two_kinds_cannot_be_compared(gpt2):
+    ours = fingerprint(LanguageModel(copy.deepcopy(gpt2.model).to(torch.bfloat16), gpt2.tokenizer))
+    theirs = fingerprint(LanguageModel(copy.deepcopy(gpt2.model).to(torch.float16), gpt2.tokenizer))
+    assert same_model(ours, theirs) == "precision bfloat16 against 'float16'"
+
+
+@pytest.mark.parametrize("theirs", [None, [], {}, {"model_type": "gpt2"}, {"layers": 3, "weights": {}}])
+def test_a_damaged_fingerprint_is_said_to_be_one(gpt2, theirs):
+    assert "damaged" in same_model(fingerprint(gpt2), theirs)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda f: f.update(model_type="gptj"), "model type gpt2 against gptj"),
+        (lambda f: f.update(model_type="gptj"), "model type gpt2 against 'gptj'"),
         (lambda f: f["layers"].pop("transformer.h.0.mlp.c_proj"), "edited layers transformer.h.0"),
-        (lambda f: f["layers"]["transformer.h.1.mlp.c_proj"].update(shape=[16, 65]), "transformer.h.1.*shape"),
-        (lambda f: f["layers"]["transformer.h.2.mlp.c_proj"]["weights"].__setitem__(5, 9.0), "the weights of .*h.2"),
-        (lambda f: f["layers"]["transformer.h.2.mlp.c_proj"]["weights"].pop(), "the weights of .*h.2"),
+        (lambda f: f["layers"]["transformer.h.1.mlp.c_proj"].__setitem__(1, 65), "transformer.h.1.*shape"),
+        (lambda f: f["weights"].update(float32="0" * 64), "its weights differ"),
     ],
 )
 def test_the_first_difference_is_said(gpt2, change, says):
@@ -861,7 +910,7 @@ def test_the_first_difference_is_said(gpt2, change, says):
 def test_other_weights_are_another_model(gpt2):
     torch.manual_seed(1)
     other = LanguageModel(GPT2LMHeadModel(gpt2.model.config), word_tokenizer())
-    assert same_model(fingerprint(gpt2), fingerprint(other)) == "the weights of transformer.h.0.mlp.c_proj"
+    assert same_model(fingerprint(gpt2), fingerprint(other)) == "its weights differ"
     assert "edited layers" in same_model(
         fingerprint(gpt2), fingerprint(LanguageModel(gpt2.model, word_tokenizer(), last=1))
     )

@@ -24,7 +24,7 @@ modules = [name for name in found if not name.endswith("._modidx")]
 for name in modules:
     importlib.import_module(name)
 command = Path(sys.executable).with_name("malmen-repro")
-subprocess.run([command, "--help"], check=True, stdout=subprocess.DEVNULL)
+subprocess.run([command, "--help"], check=True, stdout=subprocess.DEVNULL, timeout=120)
 from malmen_repro.facts import MissingExtraError, optional  # noqa: E402
 
 for name, extra in EXTRAS.items():

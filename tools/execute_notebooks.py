@@ -15,6 +15,8 @@ from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 from nbdev.process import extract_directives
 
+from malmen_repro.files import replacing
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -34,7 +36,8 @@ def execute(path):
     start, notebook = time.perf_counter(), nbformat.read(path, as_version=4)
     # Streams arrive in pieces cut by chance; joined, two runs give the same file.
     Client(notebook, timeout=None, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}).execute()
-    nbformat.write(notebook, path)
+    with replacing(path) as part:
+        nbformat.write(notebook, str(part))
     nbdev_clean(str(path))
     print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import nbformat
 
+from malmen_repro.files import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -38,5 +40,5 @@ def readme(path=ROOT / "nbs" / "index.ipynb"):
 if __name__ == "__main__":
     target = ROOT / "README.md"
     if "--check" in sys.argv:
-        sys.exit(target.read_text() != readme() and "README.md is not in step with nbs/index.ipynb: make readme")
-    target.write_text(readme())
+        sys.exit(target.read_text(encoding="utf-8") != readme() and "README.md is not in step with nbs/index.ipynb: make readme")
+    write_text(target, readme())

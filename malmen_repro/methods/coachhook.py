@@ -17,18 +17,27 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..consecutive import read_state, write_state
+from ..consecutive import batch_number, read_state, write_state
 from ..errors import SWITCH, an, check_settings, number
-from ..facts import Fact, check_facts
+from ..facts import Fact, check_facts, facts_hash
+from ..files import FileError, parse_json
 from ..language_models import LanguageModel, fingerprint
 from .key_statistics import KeyStatistics, corpus_statistics, passages
 from .memit import MEMIT, MEMITConfig, SubjectRows, critical_layers, inner_settings, spread
 from ..protocol import EditorError, Needs
-from ..weight_shifts import StoredEdit, WeightShift, WeightShiftError, overlaid, read_tensors, write_tensors
+from malmen_repro.weight_shifts import (
+    StoredEdit,
+    WeightShift,
+    WeightShiftError,
+    check_matrices,
+    check_tensors,
+    overlaid,
+    read_tensors,
+    write_tensors,
+)
 
 # %% ../../nbs/methods/26_coachhook.ipynb #9ad68f85
 def z_scores(
@@ -134,20 +143,38 @@ class HookedShift:
         raise HookedShiftError("hook layers choose token by token, which no weight can do: keep them, or use MEMIT")
 
     def save(self, path: str | Path) -> Path:
-        "Write a safetensors file; thresholds and metadata stand in its header."
-        about = {"thresholds": json.dumps(self.thresholds), "metadata": json.dumps(self.metadata)}
-        return write_tensors(Path(path), self.shifts, {"format": self.file_format, **about})
+        "Write a safetensors file; thresholds and metadata stand in its header. Raises `FileError`."
+        try:
+            about = {"thresholds": json.dumps(self.thresholds), "metadata": json.dumps(self.metadata)}
+        except (TypeError, ValueError, RecursionError) as error:
+            raise WeightShiftError(f"the metadata of a shift must be plain JSON: {error}") from error
+        return write_tensors(path, self.shifts, {"format": self.file_format, **about})
 
     @classmethod
     def load(cls, path: str | Path) -> "HookedShift":
         "Read what `save` wrote. Raises `WeightShiftError` for anything else."
         try:
-            shifts, header = read_tensors(Path(path))
+            shifts, header = read_tensors(path)
             if header.get("format") != cls.file_format:
                 raise WeightShiftError(f"{path} is a safetensors file, but holds no hooked shift")
-            return cls(shifts, json.loads(header["thresholds"]), json.loads(header["metadata"]))
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            thresholds, metadata = (parse_json(header.get(name, ""), name) for name in ("thresholds", "metadata"))
+            if not isinstance(metadata, dict):
+                raise FileError("its metadata are no object")
+            check_matrices(shifts)
+            _check_thresholds(thresholds, shifts)
+        except FileError as error:
             raise WeightShiftError(f"{path} is damaged or no hooked shift: {error}") from error
+        return cls(shifts, thresholds, metadata)
+
+
+def _check_thresholds(thresholds: Any, layers: Mapping[str, Any]) -> None:
+    "Raises `FileError` unless there is a number for each layer; infinity is what nobody reaches."
+    if not isinstance(thresholds, dict) or set(thresholds) != set(layers):
+        raise FileError("it does not have a threshold for each layer")
+    for name, alpha in thresholds.items():
+        if type(alpha) is not float and not (type(alpha) is int and abs(alpha) < 2**53) or alpha != alpha:
+            raise FileError(f"the threshold of layer {name} is no number")
+
 
 # %% ../../nbs/methods/26_coachhook.ipynb #300ec58b
 @dataclass(frozen=True)
@@ -201,6 +228,7 @@ class CoachHooK:
     ):
         self.config = config or CoachHooKConfig()
         self.lm, self.memit = lm, MEMIT(lm, statistics, self.config.memit)
+        self.fingerprint = fingerprint(lm)  # now: somebody may merge the edit and then save
         self.reset()
 
     @classmethod
@@ -220,7 +248,7 @@ class CoachHooK:
     @torch.inference_mode(False)  # what an edit adds to later is made outside that mode
     def reset(self) -> None:
         "Forget all batches."
-        self.batches, self.facts = 0, 0
+        self.batches, self.facts, self.digests = 0, 0, []
         dtype = torch.promote_types(self.lm.dtype, torch.float32)
         self.shifts = {n: torch.zeros(s, dtype=dtype, device=self.lm.device) for n, s in self.lm.shapes.items()}
         self.grams = {
@@ -272,7 +300,12 @@ class CoachHooK:
             self.grams[name] += grams[name]
         self.thresholds = thresholds
         self.batches, self.facts = self.batches + 1, self.facts + len(facts)
+        self.digests = [*self.digests, facts_hash(facts)]
         return self.shift
+
+    def holds(self, facts: Sequence[Fact]) -> int | None:
+        "Which batch this is, counted from 1; None if it did not go in."
+        return batch_number(self.digests, facts)
 
     @contextmanager
     def _during(self, done: dict[str, Tensor], thresholds: dict[str, float]) -> Iterator[None]:
@@ -294,7 +327,7 @@ class CoachHooK:
         folder: str | Path,  # made if it is not there
     ) -> Path:  # the folder
         "Write the state after a batch: the hook layers, the edited keys' Gram matrices and the settings."
-        about = {"thresholds": self.thresholds, "batches": self.batches, "facts": self.facts}
+        about = {"thresholds": self.thresholds, "batches": self.batches, "facts": self.facts, "digests": self.digests}
         tensors = {f"shift/{name}": shift for name, shift in self.shifts.items()}
         tensors |= {f"gram/{name}": gram for name, gram in self.grams.items()}
         return write_state(folder, self._about(), about, tensors)
@@ -303,14 +336,22 @@ class CoachHooK:
         self,
         folder: str | Path,  # what `save` wrote
     ) -> None:
-        "Go on from a saved state. Raises as `malmen_repro.consecutive.read_state`."
+        "Go on from a saved state. Raises as `malmen_repro.consecutive.read_state`; the run is then as it was."
         about, tensors = read_state(folder, self._about(), self.lm.device)
+        shapes = {f"shift/{name}": shape for name, shape in self.lm.shapes.items()}
+        shapes |= {f"gram/{name}": (d, d) for name, (_, d) in self.lm.shapes.items()}
+        try:
+            check_tensors(tensors, shapes, "state")
+            _check_thresholds(about.get("thresholds"), self.lm.shapes)
+        except FileError as error:
+            raise EditorError(f"{folder} holds no readable consecutive run: {error}") from error
         self.shifts = {name: tensors[f"shift/{name}"] for name in self.lm.layers}
         self.grams = {name: tensors[f"gram/{name}"] for name in self.lm.layers}
-        self.thresholds, self.batches, self.facts = about["thresholds"], about["batches"], about["facts"]
+        self.thresholds, self.digests = about["thresholds"], about["digests"]
+        self.batches, self.facts = about["batches"], about["facts"]
 
     def _about(self) -> dict[str, Any]:
         "What tells this run from others."
         corpus = self.memit.statistics.provenance.get("corpus")  # a digest
-        about = {"method": self.method, "language_model": fingerprint(self.lm)}
+        about = {"method": self.method, "language_model": self.fingerprint}
         return {**about, **asdict(self.config), "corpus": corpus}

@@ -56,7 +56,7 @@ def fine_tuned(
     """
     if known_layers(lm.model) is None:
         return lm
-    return LanguageModel(lm.model, lm.tokenizer, *fine_tuned_layers(lm.model))
+    return lm.with_layers(*fine_tuned_layers(lm.model))
 
 
 def known_layers(

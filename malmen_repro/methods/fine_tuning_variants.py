@@ -294,7 +294,7 @@ class SteppedFineTuning(SteppedEditor):
         config = config or cls.paper_config
         own = [lm.pattern] if isinstance(lm.pattern, str) else list(lm.pattern)  # of the user, for unknown models
         layer = stepped_layer(lm.model, config, known_layers(lm.model) or own)
-        return cls(LanguageModel(lm.model, lm.tokenizer, layer), config)
+        return cls(lm.with_layers(layer), config)
 
     def tuned(self) -> TunedShifts:
         "No shift yet, of each layer."

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import check_values, optional_rule, quoted, whole
-from ..facts import MalmenError, cache_folder, digest
+from ..errors import MalmenError, check_values, optional_rule, quoted, whole
+from ..facts import cache_folder
+from ..files import FileError, parse_json
 from malmen_repro.language_models import (
     EncodedPair,
     LanguageModel,
@@ -35,7 +35,7 @@ from malmen_repro.language_models import (
     same_model,
 )
 from ..progress import progress_bar
-from ..weight_shifts import read_tensors, write_tensors
+from ..weight_shifts import check_tensors, read_tensors, write_tensors
 
 # %% ../../nbs/methods/22_key_statistics.ipynb #f56d3a43
 class KeyStatisticsError(MalmenError, ValueError):
@@ -184,18 +184,23 @@ class KeyStatistics:
         if missing := [name for name in lm.layers if name not in self.second_moments]:
             have = ", ".join(self.second_moments)
             raise KeyStatisticsMismatchError(f"there are no key statistics of layer {missing[0]}, only of: {have}")
-        ours, theirs = fingerprint(lm), self.provenance.get("language_model", {"model_type": None, "layers": {}})
-        theirs = theirs | {"layers": {name: theirs["layers"].get(name) for name in lm.layers}}
-        if difference := same_model(ours, theirs):
+        for name, (_, key_size) in lm.shapes.items():
+            if (shape := tuple(self.second_moments[name].shape)) != (key_size, key_size):
+                raise KeyStatisticsMismatchError(f"the keys of layer {name} have {key_size} entries, these {shape[0]}")
+        theirs = self.provenance.get("language_model")
+        if not isinstance(theirs, dict) or not isinstance(layers := theirs.get("layers"), dict):
+            raise KeyStatisticsMismatchError("the key statistics may be those of another language model: none is named")
+        theirs = theirs | {"layers": {name: layers.get(name) for name in lm.layers}}
+        if difference := same_model(fingerprint(lm), theirs):
             raise KeyStatisticsMismatchError(f"the key statistics are those of another language model: {difference}")
 
     def save(
         self,
         path: str | Path,  # where to; its folder is made if it is not there
     ) -> Path:  # where to
-        "Write a safetensors file (float32), the provenance in its header."
+        "Write a safetensors file (float32), the provenance in its header. Raises `FileError`."
         header = {"format": _FORMAT, "tokens": str(self.tokens), "provenance": json.dumps(self.provenance)}
-        return write_tensors(Path(path), {name: m.float() for name, m in self.second_moments.items()}, header)
+        return write_tensors(path, {name: m.float() for name, m in self.second_moments.items()}, header)
 
     @classmethod
     def load(
@@ -213,12 +218,18 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int, dict]:
     "Second moments, tokens and provenance of a file."
     try:
         tensors, header = read_tensors(path)
-        if header.get("format") == _FORMAT:
-            moments = {name: tensor.double() for name, tensor in tensors.items()}
-            return moments, int(header["tokens"]), json.loads(header["provenance"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if header.get("format") != _FORMAT:
+            raise KeyStatisticsError(f"{path} is a safetensors file, but holds no key statistics")
+        tokens, provenance = (parse_json(header.get(name, "null"), name) for name in ("tokens", "provenance"))
+        if type(tokens) is not int or tokens < 1 or not isinstance(provenance, dict):
+            raise FileError("its header does not say of how many tokens they are, and where from")
+        check_tensors(tensors, {name: 2 * moment.shape[:1] for name, moment in tensors.items()}, "second moments")
+        if negative := [name for name, moment in tensors.items() if (moment.diagonal() < 0).any()]:
+            raise FileError(f"the second moments of {negative[0]} are below zero")
+    except FileError as error:
         raise KeyStatisticsError(f"{path} holds no readable key statistics: {error}") from error
-    raise KeyStatisticsError(f"{path} is a safetensors file, but holds no key statistics")
+    return {name: moment.double() for name, moment in tensors.items()}, tokens, provenance
+
 
 # %% ../../nbs/methods/22_key_statistics.ipynb #4c4d12d2
 def check_moments(
@@ -248,13 +259,13 @@ def key_statistics(
     if isinstance(texts, str):
         raise KeyStatisticsError("the corpus is one text, and would be read letter by letter: give a list of texts")
     sums = {n: torch.zeros(d, d, dtype=torch.float64, device=lm.device) for n, (_, d) in lm.shapes.items()}
-    digest, counts, start = hashlib.sha256(), {"texts": 0, "tokens": 0}, time.perf_counter()
+    read, counts, start = hashlib.sha256(), {"texts": 0, "tokens": 0}, time.perf_counter()
 
     def noted(texts: Iterable[str]) -> Iterator[str]:
         for text in progress_bar(texts, desc="keys of a corpus", unit="text", disable=not progress, leave=False):
             if not isinstance(text, str):
                 raise KeyStatisticsError(f"text {counts['texts']} of the corpus, from 0, is no text: {quoted(text)}")
-            digest.update(text.encode() + b"\0")
+            _note(read, text)
             counts["texts"] += 1
             yield text
 
@@ -266,30 +277,46 @@ def key_statistics(
         raise EmptyCorpusError(f"the corpus has {counts['texts']} texts and no token: statistics need ordinary text")
     moments = {name: total / counts["tokens"] for name, total in sums.items()}
     check_moments(moments)
-    corpus = {"corpus": digest.hexdigest(), "texts": counts["texts"], "length": length}
+    corpus = {"corpus": read.hexdigest(), "texts": counts["texts"], "length": length}
     corpus |= {"seconds": round(time.perf_counter() - start, 3)}
     return KeyStatistics(moments, counts["tokens"], {"language_model": fingerprint(lm), **corpus})
+
+
+def _note(read: Any, text: str) -> None:
+    "Let the hash of a corpus see one more text."
+    read.update(text.encode("utf-8", "surrogatepass") + b"\0")
+
 
 # %% ../../nbs/methods/22_key_statistics.ipynb #fc370e47
 def cached_key_statistics(
     lm: LanguageModel,  # see `key_statistics`
-    texts: Iterable[str],  # read only if there is no file
+    texts: Iterable[str],  # all of them are part of what the file is known by
     folder: str | Path,  # where statistics are kept
     name: str,  # of the corpus, such as "wikitext-100000"; part of the file's name
     length: int | None = None,  # tokens of a text that are read
     batch_size: int = 32,  # rows in the language model at once
     progress: bool = False,  # show a bar
 ) -> KeyStatistics:
-    "The statistics of a folder if they are there and fit, else made and kept there. Raises as `key_statistics` does."
-    about = json.dumps([fingerprint(lm), name, length], sort_keys=True)
+    """The statistics of a folder if they are there and fit, else made and kept there.
+
+    Raises as `key_statistics` does, and `KeyStatisticsError` for a file that is damaged or of something else.
+    """
+    texts, read = list(texts), hashlib.sha256()
+    for text in texts:
+        _note(read, text)
+    known = {"corpus": read.hexdigest(), "length": length}
+    about = json.dumps([fingerprint(lm), name, known], sort_keys=True)
     path = Path(folder) / f"{name}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
-    if path.exists():
-        found = KeyStatistics.load(path)
+    if not path.exists():
+        key_statistics(lm, texts, batch_size, length, progress).save(path)
+    try:
+        found = KeyStatistics.load(path)  # rounded once, so the first run and all later ones have the same numbers
         found.check_fits(lm)
-        return found
-    made = key_statistics(lm, texts, batch_size, length, progress)
-    made.save(path)
-    return KeyStatistics.load(path)  # rounded once, so the first run and all later ones have the same numbers
+        if different := [part for part, value in known.items() if found.provenance.get(part, "none") != value]:
+            raise KeyStatisticsMismatchError(f"{path} has statistics of another {different[0]}")
+    except KeyStatisticsError as error:
+        raise type(error)(f"{error}; remove {path}, and it is made anew") from error
+    return found
 
 
 def corpus_statistics(
@@ -298,8 +325,8 @@ def corpus_statistics(
     cache: str | Path | None = None,  # folder where statistics are kept; see `cache_folder`
     progress: bool = False,  # show a bar
 ) -> KeyStatistics:
-    "Key statistics of a whole corpus, kept under its digest. Raises `EmptyCorpusError`."
+    "Key statistics of a whole corpus, kept under its digest. Raises as `cached_key_statistics`."
     if not corpus:
         raise EmptyCorpusError("there is no corpus, and MEMIT, ROME and CoachHooK need one for key statistics")
-    folder = cache_folder(cache) / "key_statistics"
-    return cached_key_statistics(lm, corpus, folder, f"corpus-{digest(list(corpus))}", progress=progress)
+    return cached_key_statistics(lm, corpus, cache_folder(cache) / "key_statistics", "corpus", progress=progress)
+

@@ -258,7 +258,7 @@ def critical_layers(
     if missing := [block for block in blocks if block not in numbered]:
         have = f"{min(numbered)} to {max(numbered)}"
         raise LayerPatternError(f"there is no block {missing[0]} to edit: {type(lm.model).__name__} has {have}")
-    return LanguageModel(lm.model, lm.tokenizer, [name for block in sorted(blocks) for name in numbered[block]])
+    return lm.with_layers([name for block in sorted(blocks) for name in numbered[block]])
 
 
 def check_used_once(

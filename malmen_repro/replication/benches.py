@@ -7,13 +7,12 @@ __all__ = ['TIERS', 'PAPER_FAMILIES', 'SPLITS', 'TUNED', 'QUESTION_FILES', 'CLAI
            'SMALL_FILES', 'BY_HAND', 'TRAIN_FACTS', 'MOST', 'BenchFor', 'BenchError', 'UnknownTierError',
            'MissingDataError', 'PaperFamily', 'how_to_get', 'only_file', 'check_tier', 'published_facts',
            'with_subjects', 'corpus_texts', 'paper_facts', 'paper_bench', 'shapes_bench', 'bench_loader',
-           'TuningConfig', 'fine_tune_classifier', 'tune_classifier']
+           'TuningConfig', 'fine_tune_classifier', 'tune_classifier', 'check_tuned']
 
 # %% ../../nbs/replication/38_benches.ipynb #53f6a44b
-import json
+import contextlib
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,11 +22,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..errors import SEED, check_settings, number, whole
+from ..errors import SEED, MalmenError, check_settings, number, whole
 from malmen_repro.facts import (
     Fact,
     FactFileError,
-    MalmenError,
     NoFactsError,
     digest,
     drop_conflicts,
@@ -37,7 +35,8 @@ from malmen_repro.facts import (
     pair_unrelated,
     text_lines,
 )
-from ..language_models import EncodedPair, LanguageModel, ModelNotFoundError, check_model
+from ..files import FileError, file_hash, folder_replacing, locked, read_json, read_sealed, write_json
+from ..language_models import EncodedPair, LanguageModel, ModelNotFoundError, check_model, module_hash
 from ..progress import progress_bar
 from malmen_repro.replication.paper_models import (
     PAPER_MODELS,
@@ -264,6 +263,8 @@ def paper_bench(
     Raises `MissingDataError`, `ModelNotFoundError` or `PaperModelError`: nothing smaller passes for this tier.
     """
     check_tier("paper", data_dir, family)
+    if family == "classifier":
+        check_tuned(Path(data_dir) / TUNED)
     name, facts, sources = paper_facts(data_dir, family)
     tuned = str(Path(data_dir) / TUNED) if family == "classifier" else None
     lm = paper_model(PAPER_FAMILIES[family].paper_model, tuned)
@@ -357,12 +358,9 @@ def fine_tune_classifier(
     if not encoded:
         raise NoFactsError("there are no claims to fine-tune on; give at least one")
     optimizer = torch.optim.Adam(lm.model.parameters(), lr=config.learning_rate)
-    run = {**asdict(config), "claims": digest([fact.pair for fact in claims])}
+    run = {**asdict(config), "claims": digest([fact.pair for fact in claims]), "model": module_hash(lm.model)}
     state = None if checkpoint is None else read_checkpoint(Path(checkpoint), run, lm.device, free="epochs")
-    if state is not None:
-        lm.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    history = state["history"] if state else []
+    history = [] if state is None else _taken_up(state, lm, optimizer, Path(checkpoint), config, len(encoded))
     lm.model.requires_grad_(True).train()
     try:
         with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
@@ -374,6 +372,30 @@ def fine_tune_classifier(
                     write_checkpoint(Path(checkpoint), run, now)
     finally:
         lm.model.requires_grad_(False).eval()
+    return history
+
+# %% ../../nbs/replication/38_benches.ipynb #71b4e7fa
+def _taken_up(
+    state: dict[str, Any],
+    lm: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Path,
+    config: TuningConfig,
+    claims: int,
+) -> list[dict[str, Any]]:  # the history so far
+    "Go on from a checkpoint. Raises `TrainingError` if it is damaged, or has gone further than is asked for."
+    from malmen_repro.replication.small_training import misfit  # it is of use to one family only, and large
+
+    history, weights, adam = (state.get(name) for name in ("history", "model", "optimizer"))
+    if not all(isinstance(part, dict) for part in (weights, adam)) or not isinstance(history, list):
+        raise TrainingError(f"the checkpoint {checkpoint} is damaged; remove it to start anew")
+    steps = len(history) * math.ceil(claims / config.batch_size)
+    if wrong := misfit(weights, adam, steps, lm.model, optimizer):
+        raise TrainingError(f"the checkpoint {checkpoint} is damaged ({wrong}); remove it to start anew")
+    if len(history) > config.epochs:
+        raise TrainingError(f"the checkpoint {checkpoint} has had {len(history)} epochs: ask for as many, or remove it")
+    lm.model.load_state_dict(weights)
+    optimizer.load_state_dict(adam)
     return history
 
 # %% ../../nbs/replication/38_benches.ipynb #bbfdb3cd
@@ -391,7 +413,7 @@ def _tuned_epoch(
     cuts = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     for rows in progress_bar(cuts, desc=f"fine-tune, epoch {epoch + 1}", disable=not progress, leave=False):
         batch = next(lm.batches([claims[i] for i in rows], len(rows)))
-        logits = lm.answer_logits(batch)
+        logits = lm.family.answer_logits(batch)  # in training mode
         mean = F.cross_entropy(logits.float(), batch.labels)
         mean.backward()
         optimizer.step()
@@ -421,30 +443,59 @@ def tune_classifier(
         ways = how_to_get(["fever"])
         raise MissingDataError(f"FEVER is needed: give its folder with --data, or set MALMEN_DATA; {ways}")
     out, config = Path(out or Path(data_dir) / TUNED), config or TuningConfig()
-    if out.exists():
-        return _tuned_already(out, config)
-    facts, sources = published_facts(data_dir, "fever")
+    if not out.exists():
+        facts, sources = published_facts(data_dir, "fever")
+        with locked(out):
+            if not out.exists():  # no other process made it meanwhile
+                about = {"config": asdict(config), "source": source or PAPER_MODELS["BERT-base"].hub, "facts": sources}
+                _tune(facts["train"] + facts["eval"], out, config, source, device, progress, about)
+        out.with_name(f".{out.name}.lock").unlink(missing_ok=True)  # nobody needs it any more
+    return _tuned_already(out, config)
+
+
+def _tune(
+    claims: list[Fact],
+    out: Path,
+    config: TuningConfig,
+    source: str | None,
+    device: str | None,
+    progress: bool,
+    about: dict[str, Any],  # what is written beside the model
+) -> None:
+    "Fine-tune and write."
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         lm = paper_model("BERT-base", source, device, new_head=True)
-    checkpoint, part = (out.with_name(f"{out.name}.{end}") for end in ("checkpoint.pt", "part"))
-    claims = facts["train"] + facts["eval"]
+    checkpoint = out.with_name(f"{out.name}.checkpoint.pt")
     history = fine_tune_classifier(lm, claims, config, checkpoint=checkpoint, progress=progress)
-    shutil.rmtree(part, ignore_errors=True)
-    lm.model.save_pretrained(part)
-    lm.tokenizer.save_pretrained(part)
-    about = {"config": asdict(config), "source": source or PAPER_MODELS["BERT-base"].hub, "facts": sources}
-    (part / "tuning.json").write_text(json.dumps(about | {"history": history}, indent=1) + "\n", encoding="utf-8")
-    part.replace(out)
+    with folder_replacing(out) as part:
+        lm.model.save_pretrained(part)
+        lm.tokenizer.save_pretrained(part)
+        hashes = {path.name: file_hash(path) for path in sorted(part.iterdir())}
+        write_json(part / "tuning.json", about | {"history": history, "files": hashes}, indent=1)
     checkpoint.unlink(missing_ok=True)
-    return out
 
 
 def _tuned_already(out: Path, config: TuningConfig) -> Path:
     "The folder, if it holds what would be made. Raises `BenchError`."
-    try:
-        if json.loads((out / "tuning.json").read_text(encoding="utf-8"))["config"] == asdict(config):
+    check_tuned(out)
+    with contextlib.suppress(FileError):  # else it is something else
+        about = read_json(out / "tuning.json")
+        if isinstance(about, dict) and about.get("config") == asdict(config):
             return out
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # something else
     raise BenchError(f"{out} holds something else already: remove it, or give another folder with --out")
+
+
+def check_tuned(
+    folder: Path,
+) -> None:
+    "Raises `BenchError` if a model that `tune_classifier` wrote is no longer what it was; any other is left alone."
+    if not (folder / "tuning.json").exists():
+        return
+    try:
+        about = read_json(folder / "tuning.json")
+        if isinstance(about, dict) and "files" in about:  # an older version did not write it
+            read_sealed(folder / "tuning.json")
+    except FileError as error:
+        raise BenchError(f"{error}: remove {folder}, and run malmen-repro tune again") from error
+

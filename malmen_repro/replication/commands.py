@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..cli import UsageError, command, positive
+from ..cli import ANEW, UsageError, check_places, command, positive
 from ..facts import near_misses
 
 # %% ../../nbs/replication/51_commands.ipynb #d3752345
@@ -23,7 +23,8 @@ def reproduce(
 ) -> None:
     """Run experiments, going on where their records end; tables to the terminal, figures to <out>/figures.
 
-    Raises `UnknownExperimentError`, `UsageError` for a method that none of them has, and as `run_cells`.
+    Raises `UnknownExperimentError`, `UsageError` for a method that none of them has, `FileError` for a folder that
+    cannot be written, and as `run_cells`.
     """
     from malmen_repro.replication.benches import bench_loader, check_tier
     from malmen_repro.replication.plans import EXPERIMENTS, cells_of
@@ -40,6 +41,7 @@ def reproduce(
     if args.methods:
         cells = _with_methods(cells, args.methods)
         names = [name for name in names if name in cells]
+    check_places({}, folders={"--out": args.out})
     for family in dict.fromkeys(cell.family for asked in cells.values() for cell in asked):
         check_tier(args.tier, args.data, family)
     for name, asked in cells.items():
@@ -93,6 +95,12 @@ def _note_time(args: argparse.Namespace, cells: int, seconds: float) -> None:
     record = {"tier": args.tier, **size, "seconds": round(seconds, 1), **about}
     write_record(record, args.out / args.tier / "reproduce.json")
     print(f"everything at the {args.tier} tier, {cells} cells: {seconds / 60:.1f} minutes", flush=True)
+
+
+def _stopped(args: argparse.Namespace) -> str:
+    "What a run that was interrupted left: a record of each cell that was done."
+    how = ", without --fresh," if args.fresh else ""
+    return f"cells that are done have their records in {args.out}: the same command{how} goes on after them"
 
 # %% ../../nbs/replication/51_commands.ipynb #6d085740
 def experiments_called(
@@ -209,6 +217,8 @@ def list_experiments(
     from malmen_repro.replication.plans import EXPERIMENTS, cells_of
     from malmen_repro.replication.records import committed_records
 
+    if args.out.is_file():
+        raise UsageError(f"--out {args.out} is a file; give the folder of a run")
     committed = committed_records()
     for name, experiment in EXPERIMENTS.items():
         print(f"{name} ({experiment.figure}): {experiment.title}\n  {experiment.description}\n")
@@ -229,9 +239,29 @@ def tune(
     args: argparse.Namespace,  # data, out, device, quiet
 ) -> None:
     "Fine-tune BERT-base on FEVER (Appendix A.4), which the paper tier's classifier needs."
+    from malmen_repro.files import check_output
+    from malmen_repro.language_models import find_device
     from malmen_repro.replication.benches import tune_classifier
 
+    find_device(args.device)  # before the data are read
+    if (out := _tuned(args)) is not None and not out.exists():
+        check_output(out, folder=True)
     print(f"Classifier: {tune_classifier(args.data, args.out, device=args.device, progress=not args.quiet)}")
+
+
+def _tuned(args: argparse.Namespace) -> Path | None:
+    "Where the classifier goes, if that was said."
+    from malmen_repro.replication.benches import TUNED
+
+    return args.out or (Path(args.data) / TUNED if args.data else None)
+
+
+def _tune_stopped(args: argparse.Namespace) -> str:
+    "Whether a tuning that was interrupted goes on."
+    out = _tuned(args)
+    if out is not None and out.with_name(f"{out.name}.checkpoint.pt").exists():
+        return "the same command again goes on from its checkpoint"
+    return ANEW
 
 # %% ../../nbs/replication/51_commands.ipynb #5abf40fa
 REPRODUCE_EXAMPLES = """
@@ -280,11 +310,11 @@ def add_commands(
 ) -> None:
     "Add `reproduce`, `list` and `tune` to the command line."
     summary = "run experiments, going on where their records end; print tables, draw figures"
-    _reproduce_options(command(commands, "reproduce", reproduce, summary, REPRODUCE_EXAMPLES))
+    _reproduce_options(command(commands, "reproduce", reproduce, summary, REPRODUCE_EXAMPLES, _stopped))
     _out_option(command(commands, "list", list_experiments, "list experiments and their records", ""))
     summary = "fine-tune BERT-base on FEVER for the paper tier (Appendix A.4)"
-    tuning = command(commands, "tune", tune, summary, "")
+    tuning = command(commands, "tune", tune, summary, "", _tune_stopped)
     data = os.environ.get("MALMEN_DATA") or None
     tuning.add_argument("--data", type=Path, default=data, metavar="DIR", help="with fever/ (default: $MALMEN_DATA)")
     tuning.add_argument("--out", type=Path, metavar="DIR", help="for the model (default: DIR/bert-fever of the data)")
-    tuning.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: the accelerator if there is one)")
+    tuning.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: the accelerator if there is one)")

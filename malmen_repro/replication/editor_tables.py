@@ -9,7 +9,6 @@ __all__ = ['NEEDS', 'COST_COLUMNS', 'MEMIT_TABLE_1', 'MEMIT_TABLE_2', 'SETS', 'P
            'draw_parts', 'draw_scores']
 
 # %% ../../nbs/replication/54_editor_tables.ipynb #e2c10bb1
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import NamedTuple
 from ..evaluation import markdown_table
 from ..facts import optional
 from .figures import PAPER_MEASURES, mean_at, scaling_points
-from .records import Record
+from .records import Record, read_rows
 from .released_code import VARIANTS
 from .verdicts import average, score_curves
 
@@ -60,11 +59,12 @@ class Costs(NamedTuple):
 def read_costs(
     folder: Path,  # of records
 ) -> Costs:
-    "The records of memory and speed."
+    "The records of memory and speed. Raises `RecordError`."
     found = Costs({}, {})
-    for row in json.loads((folder / "editors" / "memory.json").read_text(encoding="utf-8"))["rows"]:
+    for row in read_rows(folder / "editors" / "memory.json", tier=str, method=str, m=int, bytes=(int, float)):
         found.peaks.setdefault((row["tier"], row["method"]), {})[row["m"]] = row["bytes"] / 2**20
-    for row in json.loads((folder / "editors" / "speed.json").read_text(encoding="utf-8"))["rows"]:
+    number = (int, float)
+    for row in read_rows(folder / "editors" / "speed.json", tier=str, method=str, facts=number, seconds=number):
         found.speeds[row["tier"], row["method"]] = row["facts"] / row["seconds"]
     return found
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..evaluation import markdown_table
 from ..facts import optional
+from ..files import replacing
 from .bench_settings import MIXTURES
 from .extra_measures import pooled_means
 from .plans import EXPERIMENTS, METHODS
@@ -172,15 +173,16 @@ def save_figure(
     figure,  # a matplotlib figure
     path: str | Path,  # without suffix
 ) -> list[Path]:  # the PNG and the SVG
-    "Write a figure as PNG and SVG, the same bytes for the same figure."
+    "Write a figure as PNG and SVG, the same bytes for the same figure. Raises `FileError`."
     matplotlib = optional("matplotlib", "replication")
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     written = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
     with matplotlib.rc_context({"svg.hashsalt": "malmen-repro"}):
-        figure.savefig(written[0], dpi=120, metadata={"Software": None})
-        figure.savefig(written[1], metadata={"Date": None, "Creator": None})
+        with replacing(written[0]) as part:
+            figure.savefig(part, format="png", dpi=120, metadata={"Software": None})
+        with replacing(written[1]) as part:
+            figure.savefig(part, format="svg", metadata={"Date": None, "Creator": None})
     return written
 
 # %% ../../nbs/replication/46_figures.ipynb #09abb76b

@@ -7,7 +7,6 @@ __all__ = ['FOLDER', 'GROWN', 'LAID', 'OTHER_STARTS', 'history_of', 'loss_ratio'
            'grown_decoder', 'seeded', 'about', 'learning_rate_starts', 'scores_of_mend', 'other_starts']
 
 # %% ../../nbs/replication/52_growing_blocks.ipynb #a579b7c0
-import json
 import math
 import subprocess
 import tempfile
@@ -19,9 +18,10 @@ import torch
 
 from ..editors import Editor, EditorConfig
 from ..evaluation import evaluate, plain
+from ..files import parse_json
 from .benches import BenchFor
 from .plans import METHODS, Cell, SettingsOf, training_settings
-from .records import SOURCE_TREE, git_state, hardware, versions
+from .records import SOURCE_TREE, RecordError, git_state, hardware, versions
 from .runner import evaluation_blocks, learned, pooled, run_cells
 from .stand_ins import Bench
 from ..training import TrainingConfig, tune_learning_rate
@@ -56,10 +56,13 @@ def old_record(
     commit: str = GROWN,
     laid: str = LAID,  # path, with a place for m
 ) -> dict[str, Any]:
-    "A record as a commit has it. Raises `CalledProcessError` where that commit is not at hand."
+    "A record as a commit has it. Raises `RecordError` where that commit is not at hand."
     command = ["git", "show", f"{commit}:{laid.format(m=m)}"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=SOURCE_TREE)
-    return json.loads(said.stdout)
+    try:
+        said = subprocess.run(command, capture_output=True, check=True, cwd=SOURCE_TREE, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RecordError(f"commit {commit} is not at hand ({error}); fetch the source tree's whole history") from error
+    return parse_json(said.stdout, f"{command[-1]} of the source tree")
 
 
 def grown_encoder_decoder(

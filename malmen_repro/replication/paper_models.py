@@ -29,7 +29,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -45,7 +44,8 @@ from malmen_repro.language_models import (
     check_model,
     family_of,
     feed_forward,
-    first_line,
+    find_device,
+    load_pretrained,
     match_layers,
     weight_view,
 )
@@ -289,7 +289,7 @@ def wrapped_paper_model(
     "A model with the layers that the paper edits, or all there are if it has fewer blocks."
     patterns = feed_forward(model, "second")
     blocks = min(len(match_layers(model, pattern)) for pattern in patterns)
-    return LanguageModel(model, tokenizer, patterns, min(find_model(name).last, blocks))
+    return LanguageModel(model, tokenizer, patterns, min(find_model(name).last, blocks), ends=False)
 
 # %% ../../nbs/replication/37_paper_models.ipynb #4879af21
 def paper_model(
@@ -299,26 +299,27 @@ def paper_model(
     dtype: torch.dtype | None = None,  # None for the model's own
     new_head: bool = False,  # accept weights that the checkpoint lacks, to fine-tune them (Appendix A.4)
 ) -> LanguageModel:  # with the paper's edited layers
-    "A model of the paper. Raises `ModelNotFoundError`, and `PaperModelError` if what is loaded is another model."
+    """A model of the paper.
+
+    Raises as `load_pretrained`, and `PaperModelError` if what is loaded is another model, or lacks weights.
+    """
     about = find_model(name)
     source, kind = source or about.hub, AUTO_CLASSES[about.family]
+    find_device(device)  # before the hub is asked
     try:
         check_model(source)
     except ModelNotFoundError as error:
         random = "; its shapes with random weights need no hub: malmen-repro reproduce --random-weights"
         raise ModelNotFoundError(f"{error}{random if source == about.hub else ''}") from error
     labels = FEVER_LABELS if about.family == "encoder-classifier" else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        options = {"dtype": dtype or about.dtype, "output_loading_info": True}
-        model, info = kind.from_pretrained(source, **labels, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelNotFoundError(f"the model {source!r} cannot be loaded: {first_line(error)}") from error
-    if (missing := sorted(info["missing_keys"])) and not new_head:
+    options = {"dtype": dtype or about.dtype, **labels}
+    # As everywhere, code that comes with a model is not run: trust_remote_code=False.
+    model, tokenizer, missing = load_pretrained(source, device, True, lambda _: kind, **options)
+    if missing and not new_head:
         raise PaperModelError(f"{source!r} has no weights for {missing[0]}: fine-tune the model first (Appendix A.4)")
     if (count := model.num_parameters()) != about.parameters:
         raise PaperModelError(f"{source!r} has {count:,} parameters, the paper's {name} {about.parameters:,}")
-    return wrapped_paper_model(name, model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
+    return wrapped_paper_model(name, model, tokenizer)
 
 # %% ../../nbs/replication/37_paper_models.ipynb #16b0f08d
 def hyper_network_size(

@@ -7,25 +7,36 @@ __all__ = ['ITEMS', 'Place', 'cell_records', 'single_records', 'spent_hours', 'u
            'single_table', 'absent', 'not_run']
 
 # %% ../../nbs/replication/57_provenance.ipynb #3225db5c
-import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..evaluation import markdown_table
+from ..files import read_json
 from .costs import machine
 from .plans import EXPERIMENTS, cells_of
-from .records import committed_records
+from .records import RecordError, committed_records, flaw
 
 # %% ../../nbs/replication/57_provenance.ipynb #34753f1f
 ITEMS = {name: about.figure for name, about in EXPERIMENTS.items()} | {"memory": "Fig. 9"}  # experiment -> its item
 Place = tuple[str, str, bool]  # experiment, tier, whether it lies in the folder of the H100
 
 
+def _read(path: Path) -> dict[str, Any]:
+    "A record, of a cell or not. Raises `RecordError`."
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise RecordError(f"the record {path} is damaged: it holds no JSON object")
+    if "configuration" in record and (wrong := flaw(record)):
+        raise RecordError(f"the record {path} is damaged: {wrong}")
+    return record
+
+
 def cell_records() -> dict[Place, list[dict[str, Any]]]:
     "All committed records of cells, experiment by experiment and tier by tier."
     found: dict[Place, list[dict[str, Any]]] = {}
     for path in sorted(committed_records().rglob("*.json")):
-        record, (tier, name) = json.loads(path.read_text(encoding="utf-8")), path.parts[-3:-1]
+        record, (tier, name) = _read(path), path.parts[-3:-1]
         if "configuration" in record:
             found.setdefault((name, tier, "h100" in path.parts), []).append(record)
     tiers = ("tiny", "small", "paper", "shapes")
@@ -37,7 +48,7 @@ def single_records() -> dict[str, dict[str, Any]]:
     "The committed records that belong to no cell, by their path below records/."
     root, found = committed_records(), {}
     for path in sorted(root.rglob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = _read(path)
         if "configuration" not in record:
             found[path.relative_to(root).as_posix()] = record
     return found

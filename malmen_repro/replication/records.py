@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['Record', 'SOURCE_TREE', 'RecordError', 'RecordConflictError', 'RecordWarning', 'versions', 'git_state', 'hardware',
-           'processor', 'resident_bytes', 'reset_peaks', 'peak_memory', 'write_record', 'read_record',
-           'existing_record', 'differences', 'weights_hash', 'fingerprints', 'model_size', 'committed_records',
-           'read_records']
+           'processor', 'resident_bytes', 'reset_peaks', 'peak_memory', 'write_record', 'flaw', 'read_record',
+           'read_rows', 'existing_record', 'set_aside', 'differences', 'weights_hash', 'fingerprints', 'model_size',
+           'committed_records', 'read_records']
 
 # %% ../../nbs/replication/40_records.ipynb #7132a354
 import json
+import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,7 +26,9 @@ from typing import Any, TypeAlias
 import torch
 
 import malmen_repro
-from ..facts import MalmenError, facts_hash, sha256
+from ..errors import MalmenError, quoted
+from ..facts import facts_hash, sha256
+from ..files import FileError, parse_json, read_bytes, write_text
 from ..language_models import LanguageModel, module_hash
 from .stand_ins import Bench
 
@@ -38,7 +42,7 @@ class RecordConflictError(RecordError):
 
 
 class RecordWarning(UserWarning):
-    "A damaged record was set aside, and its cell runs again."
+    "A damaged record or editor was set aside, and is made again."
 
 
 Record: TypeAlias = dict[str, Any]  # plain JSON
@@ -143,31 +147,117 @@ def write_record(
     record: dict[str, Any],  # plain JSON
     path: str | Path,  # its folder is made if it is not there
 ) -> None:
-    "Write a record in one move."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items()]
-    part = path.with_name(path.name + ".part")
-    part.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    part.replace(path)
+    "Write a record in one move. Raises `RecordError` for a number that is not finite, and `FileError`."
+    try:
+        lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items()]
+    except ValueError as error:
+        raise RecordError(f"the record {path} is not written: a number in it is not finite ({error})") from error
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
+# %% ../../nbs/replication/40_records.ipynb #619dae80
+def _numbers(values: Any) -> bool:
+    "A list of finite numbers, with null for those that are not there."
+    if not isinstance(values, list) or not set(map(type, values)) <= {int, float, type(None)}:
+        return False
+    try:
+        return math.isfinite(sum(value for value in values if value is not None))
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
+
+
+def _named(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    "An object whose every value fits."
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _score(value: Any) -> bool:
+    "The mean of a measure with its interval, over so many facts."
+    return (
+        isinstance(value, dict)
+        and {"mean", "interval", "facts"} <= value.keys()
+        and _numbers([value["mean"]])
+        and _numbers(value["interval"])
+        and len(value["interval"]) == 2
+        and type(value["facts"]) is int
+    )
+
+
+_OBJECT = _named(lambda value: True)
+_NEEDED: dict[str, Callable[[Any], bool]] = {
+    "hash": lambda value: isinstance(value, str),
+    "configuration": _OBJECT,
+    "scores": _named(_score),
+    "per_fact": _named(_numbers),
+    "fingerprints": _OBJECT,
+    "seconds": _named(lambda value: value is not None and _numbers([value])),
+}
+_OTHERS: dict[str, Callable[[Any], bool]] = {
+    "blocks": lambda value: isinstance(value, list) and set(map(type, value)) <= {int},
+    "history": lambda value: isinstance(value, list) and all(map(_OBJECT, value)),
+    "git": lambda value: value is None or _OBJECT(value),
+    **dict.fromkeys(("learned", "memory_bytes", "extra", "model", "bench", "versions", "hardware"), _OBJECT),
+}
+
+
+def flaw(
+    record: Any,  # what a file holds that should be the record of a cell
+) -> str:  # empty if there is none
+    "What a record lacks, or which of its fields cannot be."
+    if not _OBJECT(record):
+        return "it holds no JSON object"
+    if lacking := [name for name in _NEEDED if name not in record]:
+        return f"fields are missing: {', '.join(lacking)}"
+    for name, fits in (_NEEDED | _OTHERS).items():
+        if name in record and not fits(record[name]):
+            return f"the value of {name} cannot be: {quoted(record[name])}"
+    if record["scores"].keys() != record["per_fact"].keys():
+        return "scores and per_fact have other measures"
+    if len({len(values) for values in record["per_fact"].values()}) > 1:
+        return "the measures in per_fact have other numbers of facts"
+    cell = record["configuration"].get("cell")
+    if cell is not None and not _named(lambda value: value is None or isinstance(value, (str, int, float)))(cell):
+        return f"its cell cannot be: {quoted(cell)}"
+    return ""
+
+# %% ../../nbs/replication/40_records.ipynb #86251014
 def read_record(
     path: str | Path,
 ) -> dict[str, Any]:
-    "Read a record. Raises `RecordError` for a damaged one, or one whose hash is not that of its configuration."
+    """Read a record.
+
+    Raises `RecordError` for one that is damaged, that lacks a field or has a value of another kind in it, or whose
+    hash is not that of its configuration.
+    """
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        stated, actual = record["hash"], sha256(record["configuration"])
-        complete = {"scores", "per_fact", "fingerprints", "seconds"} <= record.keys()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"the record {path} is damaged: {type(error).__name__}: {error}") from error
-    if stated != actual or not complete:
-        what = "fields are missing"
-        if stated != actual:
-            what = f"its configuration hashes to {actual[:16]}, not {stated[:16]}"
-        raise RecordError(f"the record {path} is damaged: {what}")
+        record = parse_json(read_bytes(path), "it")
+        wrong = flaw(record)
+        stated, actual = ("", "") if wrong else (record["hash"], sha256(record["configuration"]))
+    except (FileError, RecursionError) as error:
+        raise RecordError(f"the record {path} is damaged: {error}") from error
+    if stated != actual:
+        wrong = f"its configuration hashes to {actual[:16]}, not {quoted(stated[:16])}"
+    if wrong:
+        raise RecordError(f"the record {path} is damaged: {wrong}")
     return record
+
+
+def read_rows(
+    path: str | Path,  # of a record that belongs to no cell, and has rows
+    **kinds: type | tuple[type, ...],  # what each row has: field -> its kind
+) -> list[dict[str, Any]]:
+    "The rows of a record. Raises `RecordError` for one without rows, or for a row that does not have these fields."
+    try:
+        record = parse_json(read_bytes(path), "it")
+    except FileError as error:
+        raise RecordError(f"the record {path} is damaged: {error}") from error
+    rows = record.get("rows") if isinstance(record, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RecordError(f"the record {path} is damaged: it has no rows")
+    for row in rows:
+        if wrong := [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]:
+            raise RecordError(f"the record {path} is damaged: {wrong[0]} of a row is {quoted(row.get(wrong[0]))}")
+    return rows
 
 # %% ../../nbs/replication/40_records.ipynb #8cbaaee9
 def existing_record(
@@ -180,9 +270,7 @@ def existing_record(
     try:
         record = read_record(path)
     except RecordError as error:
-        aside = path.with_name(path.name + ".damaged")
-        path.replace(aside)
-        warnings.warn(RecordWarning(f"{error}; set aside as {aside.name}, the cell runs again"), stacklevel=2)
+        warnings.warn(RecordWarning(f"{error}; set aside as {set_aside(path).name}, the cell runs again"), stacklevel=2)
         return None
     if record["hash"] != (ours := sha256(wanted)):
         raise RecordConflictError(
@@ -191,6 +279,20 @@ def existing_record(
             "write to another folder, or ask for a fresh run"
         )
     return record
+
+
+def set_aside(
+    path: Path,  # a damaged file or folder
+) -> Path:  # where it lies now
+    "Give something damaged a name that nothing reads. Raises `FileError`."
+    aside = path.with_name(path.name + ".damaged")
+    try:
+        if aside.is_dir():  # an earlier one
+            shutil.rmtree(aside)
+        path.replace(aside)
+    except OSError as error:
+        raise FileError(f"{path} is damaged and cannot be set aside ({error.strerror}): remove it") from error
+    return aside
 
 
 def differences(

@@ -10,7 +10,6 @@ __all__ = ['evaluation_blocks', 'edited_model', 'condensed', 'trained_editor', '
 # %% ../../nbs/replication/45_runner.ipynb #2b59f3b6
 import contextlib
 import itertools
-import json
 import math
 import random
 import shutil
@@ -27,8 +26,10 @@ from tqdm import tqdm
 
 from ..consecutive import consecutive
 from ..editors import Editor, EditorConfig
+from ..errors import MalmenError
 from ..evaluation import Scores, evaluate, plain, scores_of
-from ..facts import Fact, MalmenError, sha256
+from ..facts import Fact, sha256
+from ..files import FileError, file_hash, folder_replacing, locked, read_sealed, write_json
 from ..language_models import LanguageModel, feed_forward
 from ..normal_equation import SingularGramError
 from ..progress import progress_bar
@@ -51,6 +52,7 @@ from malmen_repro.replication.plans import (
 from malmen_repro.replication.records import (
     RecordConflictError,
     RecordError,
+    RecordWarning,
     differences,
     existing_record,
     fingerprints,
@@ -60,6 +62,7 @@ from malmen_repro.replication.records import (
     peak_memory,
     read_record,
     reset_peaks,
+    set_aside,
     versions,
     write_record,
 )
@@ -88,7 +91,7 @@ def edited_model(
     "The language model with the layers that a method edits."
     if method.layers == "second":
         return lm
-    return LanguageModel(lm.model, lm.tokenizer, feed_forward(lm.model, method.layers), lm.last)
+    return lm.with_layers(feed_forward(lm.model, method.layers), lm.last)
 
 # %% ../../nbs/replication/45_runner.ipynb #585a992b
 def condensed(
@@ -115,6 +118,38 @@ def _train(cell, editor, train_facts, config, checkpoint, progress) -> dict[str,
         seconds = sum(step["seconds"] for step in history)  # of all sittings
     return {"history": condensed(history), "seconds": round(seconds, 3), "memory_bytes": peak_memory(device)}
 
+# %% ../../nbs/replication/45_runner.ipynb #1540f41b
+def _locked(out_dir: Path, path: Path, patience: float = -1) -> contextlib.AbstractContextManager[None]:
+    "While on, no other process makes this file or folder of a run. Raises `FileError` when patience ends."
+    return locked(out_dir / "locks" / path.relative_to(out_dir), patience)
+
+
+def _keep(editor: Editor, story: dict[str, Any], directory: Path, key: str) -> None:
+    "The editor and the story of its training, as one folder. The story says which files are meant."
+    with folder_replacing(directory) as part:
+        editor.save_pretrained(part)
+        hashes = {path.name: file_hash(path) for path in sorted(part.iterdir())}
+        write_json(part / "training.json", story | {"trained from": key, "files": hashes})
+
+
+def _kept(directory: Path, lm: LanguageModel, key: str) -> tuple[Editor, dict[str, Any]] | None:  # None: set aside
+    "What `_keep` wrote, if it is whole and was trained from what the hash says."
+    try:
+        story = read_sealed(directory / "training.json")
+        if story.pop("trained from", None) != key or not story.pop("files") or not _tells(story):
+            raise FileError(f"{directory / 'training.json'} is damaged, or tells of another training")
+        return Editor.from_pretrained(directory, lm), story
+    except MalmenError as error:  # another kind for each file and fault
+        text = f"{error}; set aside as {set_aside(directory).name}, the editor is trained again"
+        warnings.warn(RecordWarning(text), stacklevel=2)
+        return None
+
+
+def _tells(story: dict[str, Any]) -> bool:
+    "Whether it is what `_train` gives."
+    kinds = {"history": list, "seconds": (int, float), "memory_bytes": dict}
+    return story.keys() == kinds.keys() and all(isinstance(story[name], kind) for name, kind in kinds.items())
+
 # %% ../../nbs/replication/45_runner.ipynb #b1fdaac2
 def trained_editor(
     cell: Cell,
@@ -126,28 +161,27 @@ def trained_editor(
     progress: bool = True,
     done: set[str] | None = None,  # in a fresh run: the editors made anew so far; those not in it are not trusted
 ) -> tuple[Editor, dict[str, Any]]:  # the editor, and the story of its training
-    "The editor of a cell: from the run's folder if it is there, else trained, from its checkpoint on if there is one."
+    """The editor of a cell: from the run's folder if it is there, else trained, from its checkpoint on if there is one.
+
+    What another process trains is waited for. A kept editor that is damaged is set aside with a `RecordWarning`.
+    """
     kind, method = METHODS[cell.method].editor, METHODS[cell.method].trained_as or cell.method
     parts = [method, settings["editor"], settings["training"], found["language_model"], found["train_facts"]]
-    key = sha256(parts)[:16]
-    directory = out_dir / "editors" / f"{cell.tier}-{slug(method)}-m{cell.train_num_facts}-s{cell.seed}-{key}"
+    key = sha256(parts)
+    directory = out_dir / "editors" / f"{cell.tier}-{slug(method)}-m{cell.train_num_facts}-s{cell.seed}-{key[:16]}"
     checkpoint = out_dir / "checkpoints" / f"{directory.name}.pt"
-    if done is not None and key not in done:
-        shutil.rmtree(directory, ignore_errors=True)
+    with _locked(out_dir, directory):
+        if done is not None and key not in done:
+            shutil.rmtree(directory, ignore_errors=True)
+            checkpoint.unlink(missing_ok=True)
+            done.add(key)
+        if directory.exists() and (kept := _kept(directory, lm, key)):
+            return _of_kind(kind, kept[0]), kept[1]
+        editor = METHODS[method].editor(lm, EditorConfig(**settings["editor"]))
+        story = _train(cell, editor, train_facts, TrainingConfig(**settings["training"]), checkpoint, progress)
+        _keep(editor, story, directory, key)
         checkpoint.unlink(missing_ok=True)
-        done.add(key)
-    if (directory / "training.json").exists():
-        editor, story = Editor.from_pretrained(directory, lm), json.loads((directory / "training.json").read_text())
         return _of_kind(kind, editor), story
-    editor = METHODS[method].editor(lm, EditorConfig(**settings["editor"]))
-    story = _train(cell, editor, train_facts, TrainingConfig(**settings["training"]), checkpoint, progress)
-    part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    editor.save_pretrained(part)
-    (part / "training.json").write_text(json.dumps(story) + "\n")
-    part.replace(directory)
-    checkpoint.unlink(missing_ok=True)
-    return _of_kind(kind, editor), story
 
 
 def _of_kind(kind: type[Editor], editor: Editor) -> Editor:
@@ -157,6 +191,7 @@ def _of_kind(kind: type[Editor], editor: Editor) -> Editor:
     other = kind(editor.lm, editor.config)
     other.networks = editor.networks
     return other
+
 
 # %% ../../nbs/replication/45_runner.ipynb #36d1c946
 def editor_of(
@@ -340,7 +375,7 @@ def beside(
             with contextlib.suppress(RecordError):
                 found.append(read_record(path))
     names = {part.name for part in fields(Cell)}
-    return [record for record in found if record["configuration"].get("cell", {}).keys() == names]
+    return [record for record in found if (record["configuration"].get("cell") or {}).keys() == names]
 
 # %% ../../nbs/replication/45_runner.ipynb #babbb116
 def check_same_bench(
@@ -391,13 +426,39 @@ def _fill_place(walk: _Walk, cells: list[Cell], bench_for: BenchFor, bar: tqdm) 
     found = fingerprints(bench)
     walk.lacking |= left_out(cells, bench)
     for cell in cells:
-        bar.set_postfix_str(_shown(cell))
         check_same_bench(cell, found, bench, walk.earlier, walk.out)
+    todo = list(cells)
+    for patience in (0, -1):  # those that another process is at are left for last, and then waited for
+        todo = [cell for cell in todo if not _filled(walk, cell, bench, found, bar, patience)]
+
+# %% ../../nbs/replication/45_runner.ipynb #403b0502
+def _filled(
+    walk: _Walk,
+    cell: Cell,
+    bench: Bench,
+    found: dict[str, Any],
+    bar: tqdm,
+    patience: float,  # seconds to wait for a process that is at this cell; below zero for as long as it takes
+) -> bool:  # False if another process is still at it
+    "Fill a cell, unless another process does or did."
+    bar.set_postfix_str(_shown(cell))
+    path = walk.out / cell.path
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(_locked(walk.out, path, patience))
+        except FileError:
+            if patience:
+                raise
+            return False
         if walk.fresh:
-            (walk.out / cell.path).unlink(missing_ok=True)  # if it breaks down, the old one must not stand in
-        if cell not in walk.lacking:
+            path.unlink(missing_ok=True)  # if it breaks down, the old one must not stand in
+        elif (record := existing_record(path, walk.asked[cell])) is not None:  # made by now
+            check_same_bench(cell, found, bench, [record], walk.out)
+            walk.records[cell] = record
+        if cell not in walk.records and cell not in walk.lacking:
             _fill(walk, cell, bench, found)
-        bar.update()
+    bar.update()
+    return True
 
 
 def _fill(walk: _Walk, cell: Cell, bench: Bench, found: dict[str, Any]) -> None:

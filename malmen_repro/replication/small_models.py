@@ -350,4 +350,4 @@ def wrapped_stand_in(
     Of all blocks but the first, unless the configuration says how many; of one block, with its own.
     """
     patterns, last = feed_forward(model), getattr(config, "edited", max(1, config.layers - 1))
-    return LanguageModel(model, tokenizer, patterns if len(patterns) > 1 else patterns[0], last)
+    return LanguageModel(model, tokenizer, patterns if len(patterns) > 1 else patterns[0], last, ends=False)

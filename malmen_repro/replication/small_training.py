@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['encoded_rows', 'sentence_rows', 'ShuffledRows', 'by_length', 'prompt_spans', 'SmallCurriculum', 'half_pays',
-           'rows_loss', 'warm_cosine', 'SmallRun', 'knowledge', 'train_small_language_model', 'small_bench']
+           'rows_loss', 'warm_cosine', 'misfit', 'SmallRun', 'knowledge', 'train_small_language_model', 'small_bench']
 
 # %% ../../nbs/replication/36_small_training.ipynb #03f3eca1
+import hashlib
 import json
 import math
-import os
 import random
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +26,18 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..evaluation import answer_predictions, share
 from ..facts import Pair, cache_folder, digest
+from malmen_repro.files import (
+    FileError,
+    file_hash,
+    folder_replacing,
+    locked,
+    read_json,
+    read_sealed,
+    regular,
+    replacing,
+    write_json,
+    write_text,
+)
 from ..language_models import EncodedPair, LanguageModel
 from ..methods.target_vectors import covering_tokens, subject_span
 from ..progress import progress_bar
@@ -219,38 +233,99 @@ def _backward(
     (weight * loss).backward()
     return loss.item()
 
+# %% ../../nbs/replication/36_small_training.ipynb #0e1c1f2f
+_STEP = {"settings": dict, "model": dict, "optimizer": dict, "step": int, "tokens": int, "seconds": float}
+
+
+def _read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    "What `SmallRun.save` wrote. Raises `StandInError` if it is damaged; `FileError` if it is no file."
+    try:
+        with zipfile.ZipFile(regular(path)) as archive:
+            if archive.testzip() is not None:  # torch.load does not compare the checksums
+                raise ValueError("a checksum is wrong")
+        saved = torch.load(path, weights_only=True, map_location=device)
+    except FileError:
+        raise
+    except Exception as error:  # torch.load raises many kinds
+        raise StandInError(f"{path} is damaged; remove it to start anew") from error
+    if not isinstance(saved, dict) or any(not isinstance(saved.get(name), kind) for name, kind in _STEP.items()):
+        raise StandInError(f"{path} is damaged: it is no checkpoint of this training; remove it to start anew")
+    return saved
+
+
+def misfit(
+    weights: dict[str, Any],  # of a model, from a checkpoint
+    adam: dict[str, Any],  # of an optimizer, from the same
+    steps: int,  # that were taken by then
+    model: PreTrainedModel,  # that shall take up the weights
+    optimizer: torch.optim.Optimizer,  # Adam or AdamW, of all its weights
+) -> str:  # empty if they can be taken up
+    "What of a checkpoint a model and its optimizer cannot take up."
+    ours, parameters = model.state_dict(), [w for group in optimizer.param_groups for w in group["params"]]
+    if wrong := sorted(map(str, ours.keys() ^ weights.keys())):
+        return f"other weights than the model has, such as {wrong[0]}"
+    if wrong := [name for name, weight in weights.items() if not _alike(weight, ours[name])]:
+        return f"a weight of another shape, or one that is not finite: {wrong[0]}"
+    groups, moments = adam.get("param_groups"), adam.get("state")
+    mine = [{**group, "lr": 0} for group in optimizer.state_dict()["param_groups"]]
+    same = isinstance(groups, list) and all(isinstance(one, dict) for one in groups)
+    if not same or [{**group, "lr": 0} for group in groups] != mine or not isinstance(moments, dict):
+        return "another optimizer"
+    if moments.keys() != (set(range(len(parameters))) if steps else set()):
+        return "an optimizer of other weights"
+    for i, kept in moments.items():
+        if not isinstance(kept, dict) or kept.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            return "an optimizer that lacks a moment"
+        if not all(_alike(kept[name], parameters[i]) for name in ("exp_avg", "exp_avg_sq")):
+            return "a moment of another shape, or one that is not finite"
+        if not torch.is_tensor(kept["step"]) or kept["step"].tolist() != steps:
+            return "another number of steps in the optimizer"
+    return ""
+
+
+def _alike(one: Any, other: Tensor) -> bool:
+    return torch.is_tensor(one) and (one.shape, one.dtype) == (other.shape, other.dtype) and bool(one.isfinite().all())
+
 # %% ../../nbs/replication/36_small_training.ipynb #1bd4c089
 class SmallRun:
-    "A training run that can be stopped and continued. Raises `StandInError` if the checkpoint is another run's."
+    "A training run that can be stopped and continued. Raises `StandInError` if the checkpoint is damaged or another's."
 
     def __init__(
         self,
         path: Path,  # of the checkpoint
         lm: LanguageModel,  # fresh; trained in place
         config: AnyConfig,
+        data: str = "",  # a digest of what it learns
     ):
-        self.path, self.lm, self.config = path, lm, config
+        self.path, self.lm, self.config, self.data = path, lm, config, data
         self.optimizer = _adamw(lm.model, config)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.whole = True  # no step has been taken in part
         if path.exists():
-            self._continue(torch.load(path, weights_only=True, map_location=lm.device))
+            self._continue(_read_checkpoint(path, lm.device))
 
-    def _continue(self, saved: dict) -> None:
+    def _continue(self, saved: dict[str, Any]) -> None:
         "Take up a checkpoint."
         if saved["settings"] != asdict(self.config):
             raise StandInError(f"{self.path} belongs to another configuration; give another folder or remove it")
+        if saved.get("data", "") != self.data:
+            raise StandInError(f"{self.path} learned from other data; give another folder or remove it")
+        wrong = misfit(saved["model"], saved["optimizer"], saved["step"], self.lm.model, self.optimizer)
+        if not 0 <= saved["step"] <= self.config.steps or not math.isfinite(saved["seconds"]):
+            wrong = "a number of steps or seconds that cannot be"
+        if wrong:
+            raise StandInError(f"{self.path} is damaged ({wrong}); remove it to start anew")
         self.lm.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.tokens, self.seconds = saved["step"], saved["tokens"], saved["seconds"]
 
     def save(self) -> None:
-        "Write the checkpoint."
-        state = {"settings": asdict(self.config), "model": self.lm.model.state_dict()}
+        "Write the checkpoint. Raises `FileError`."
+        state = {"settings": asdict(self.config), "data": self.data, "model": self.lm.model.state_dict()}
         state |= {"optimizer": self.optimizer.state_dict()}
         state |= {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
-        partial = self.path.with_suffix(".part")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+        with replacing(self.path) as part:
+            torch.save(state, part)
 
     def advance(
         self,
@@ -267,9 +342,11 @@ class SmallRun:
         if not all(map(math.isfinite, losses)):
             raise StandInError(f"the losses at step {self.step} are {losses}; lower learning_rate, {c.learning_rate}")
         torch.nn.utils.clip_grad_norm_(self.lm.model.parameters(), c.max_norm)
+        self.whole = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        self.whole = True
         self.tokens += sum(len(row.prompt) + len(row.answer) for rows in (questions, sentences) for row in rows)
         self.seconds += time.perf_counter() - start
         return losses
@@ -294,16 +371,30 @@ def _tokenizer(
     config: AnyConfig,
 ) -> PreTrainedTokenizerFast:
     "Trained once on what the model is going to read, then taken from the folder."
-    if not (out / "tokenizer" / "tokenizer.json").exists():
+    folder, about = out / "tokenizer", {"vocabulary": config.vocabulary, "texts": digest(list(texts))}
+    if not (folder / "tokenizer.json").exists():
         frame = FRAMES.get(config.architecture, "")
-        byte_pair_tokenizer(texts, config.vocabulary, frame).save_pretrained(out / "tokenizer")
-    return AutoTokenizer.from_pretrained(out / "tokenizer")
+        with folder_replacing(folder) as part:
+            byte_pair_tokenizer(texts, config.vocabulary, frame).save_pretrained(part)
+            write_json(part / "made_from.json", about)
+    if (folder / "made_from.json").exists() and read_json(folder / "made_from.json") != about:
+        raise StandInError(f"{folder} was made from other texts; give another folder or remove {out}")
+    return _read_tokenizer(folder)
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    "Raises `StandInError` if none can be read."
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the reading library raises many kinds
+        raise StandInError(f"{folder} holds no readable tokenizer; remove {folder.parent} to start anew") from error
 
 
 def _log(out: Path, line: str) -> None:
     "One line more in the folder's log."
     with open(out / "log.txt", "a", encoding="utf-8") as log:
         log.write(line + "\n")
+
 
 # %% ../../nbs/replication/36_small_training.ipynb #2778df1c
 def _train(
@@ -318,21 +409,28 @@ def _train(
     "Advance the run to its last step, with checkpoints and checks on the way."
     steps, out, saved = run.config.steps, run.path.parent, time.perf_counter()
     bar = progress_bar(total=steps, initial=run.step, desc="small language model", disable=not progress)
-    while run.step < steps:
-        losses = run.advance(*curriculum[run.step], half, curriculum.hidden(run.step))
-        bar.update()
-        if run.step % 20 == 0:
-            text = f"answers {losses[0]:.3f}, sentences {losses[1]:.3f}"
-            bar.set_postfix_str(text)
-            _log(out, f"step {run.step}: {text}, {run.tokens} tokens, {run.seconds:.0f} s")
-        if run.step % check_every == 0:
-            shares = knowledge(run.lm, watched)
-            _log(out, f"step {run.step}: " + "; ".join(f"{name} {value:.3f}" for name, value in shares.items()))
-        if time.perf_counter() - saved > save_every:
+    try:
+        while run.step < steps:
+            losses = run.advance(*curriculum[run.step], half, curriculum.hidden(run.step))
+            bar.update()
+            if run.step % 20 == 0:
+                text = f"answers {losses[0]:.3f}, sentences {losses[1]:.3f}"
+                bar.set_postfix_str(text)
+                _log(out, f"step {run.step}: {text}, {run.tokens} tokens, {run.seconds:.0f} s")
+            if run.step % check_every == 0:
+                shares = knowledge(run.lm, watched)
+                _log(out, f"step {run.step}: " + "; ".join(f"{name} {value:.3f}" for name, value in shares.items()))
+            if time.perf_counter() - saved > save_every:
+                run.save()
+                saved = time.perf_counter()
+        run.save()
+    except BaseException as error:
+        if run.whole and not isinstance(error, Exception):  # Ctrl-C and the like; in half a step the last file stays
             run.save()
-            saved = time.perf_counter()
-    run.save()
-    bar.close()
+        raise
+    finally:
+        bar.close()
+
 
 # %% ../../nbs/replication/36_small_training.ipynb #e0b94218
 def _finish(
@@ -356,17 +454,47 @@ def _finish(
         "torch": torch.__version__,
         "accuracy": knowledge(run.lm, lessons.checks, sample=10_000),
     }
-    run.lm.model.save_pretrained(out / "final")
-    run.lm.tokenizer.save_pretrained(out / "final")
-    # last, because it says that all the rest is there
-    (out / "record.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    with folder_replacing(out / "final") as part:
+        run.lm.model.save_pretrained(part)
+        run.lm.tokenizer.save_pretrained(part)
+        hashes = {path.name: file_hash(path) for path in sorted(part.iterdir())}
+        write_json(part / "seal.json", {"record": hashlib.sha256(text.encode()).hexdigest(), "files": hashes}, indent=1)
+    write_text(out / "record.json", text)  # last, because it says that all the rest is there
 
-
+# %% ../../nbs/replication/36_small_training.ipynb #d8da0b30
 def _check_record(path: Path, config: AnyConfig) -> None:
     "Raises `StandInError` if the model in the folder came from another configuration."
-    ours, theirs = asdict(config), json.loads(path.read_text(encoding="utf-8"))["config"]
+    record, ours = read_json(path), asdict(config)
+    theirs = record.get("config") if isinstance(record, dict) else None
+    if not isinstance(theirs, dict):
+        raise StandInError(f"{path} is damaged: no configuration in it; remove it to go on from the checkpoint")
     if different := [name for name in {**ours, **theirs} if name not in ours or theirs.get(name) != ours[name]]:
         raise StandInError(f"{path.parent} holds a model that differs in {', '.join(different)}; give another folder")
+
+
+def _read_final(
+    out: Path,
+    config: AnyConfig,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    "The model of a finished training. Raises `StandInError` if it is another's or damaged."
+    _check_record(out / "record.json", config)
+    final, advice = out / "final", f"remove {out / 'record.json'} to go on from the checkpoint"
+    try:
+        sealed = (final / "seal.json").exists()  # an older version wrote none
+        if sealed and read_sealed(final / "seal.json").get("record") != file_hash(out / "record.json"):
+            raise StandInError(f"{out / 'record.json'} tells of another model than {final}; {advice}")
+        kind, options = SMALL_ARCHITECTURES[config.architecture].model, {"local_files_only": True}
+        model, info = kind.from_pretrained(final, output_loading_info=True, trust_remote_code=False, **options)
+    except StandInError:
+        raise
+    except Exception as error:  # the reading library raises many kinds
+        raise StandInError(f"{final} holds no readable model ({str(error)[:200]}); {advice}") from error
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    missing += [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if missing:
+        raise StandInError(f"{final} lacks a weight, or has one of another shape or not finite: {missing[0]}; {advice}")
+    return model, _read_tokenizer(final)
 
 # %% ../../nbs/replication/36_small_training.ipynb #c8c5f338
 def train_small_language_model(
@@ -381,23 +509,40 @@ def train_small_language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:  # in eval mode, frozen
     """The small tier's language model: loaded, continued or trained, according to what the folder holds.
 
-    Raises `FactFileError` or `FactRowError` for bad data, `StandInError` if the folder is another configuration's.
+    Raises `FactFileError` or `FactRowError` for bad data, `StandInError` if the folder is another configuration's or
+    damaged. Of several processes one trains, and the others wait. Ctrl-C writes a checkpoint.
     """
-    out, final, kind = Path(out_dir), Path(out_dir) / "final", SMALL_ARCHITECTURES[config.architecture]
+    out = Path(out_dir)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if (out / "record.json").exists():
-        _check_record(out / "record.json", config)
-        model = kind.model.from_pretrained(final).to(place).eval().requires_grad_(False)
-        return model, AutoTokenizer.from_pretrained(final)
-    out.mkdir(parents=True, exist_ok=True)
-    lessons = kind.lessons(data_dir, config)
+    if not (out / "record.json").exists():
+        with locked(out / "record.json"):
+            if not (out / "record.json").exists():  # no other process made it meanwhile
+                return _made(data_dir, out, config, place, progress, save_every, check_every)
+    model, tokenizer = _read_final(out, config)
+    return model.to(place).eval().requires_grad_(False), tokenizer
+
+
+def _made(
+    data_dir: str | Path,
+    out: Path,
+    config: AnyConfig,
+    place: torch.device,
+    progress: bool,
+    save_every: float,
+    check_every: int,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    "Trained, from the checkpoint on if there is one."
+    lessons = SMALL_ARCHITECTURES[config.architecture].lessons(data_dir, config)
     tokenizer, half = _tokenizer(out, lessons.texts, config), half_pays(place)
     lm = wrapped_stand_in(small_model(config, tokenizer).to(place), tokenizer, config)
-    curriculum, run = SmallCurriculum(lessons, lm, config), SmallRun(out / "checkpoint.pt", lm, config)
+    curriculum = SmallCurriculum(lessons, lm, config)
+    asked = {name: list(facts) for name, (facts, _) in lessons.sources.items()}
+    run = SmallRun(out / "checkpoint.pt", lm, config, digest([asked, lessons.sentences]))
     watched = {name: lessons.checks[name] for name in lessons.watched}
     _train(run, curriculum, watched, half, progress, save_every, check_every)
     _finish(run, lessons, curriculum, half)
     return lm.model.requires_grad_(False), tokenizer
+
 
 # %% ../../nbs/replication/36_small_training.ipynb #686d66ab
 def small_bench(
@@ -419,7 +564,7 @@ def small_bench(
         model = model.bfloat16()
     train_facts, eval_facts = SMALL_ARCHITECTURES[config.architecture].facts(data_dir, config)
     lm = wrapped_stand_in(model, tokenizer, config)
-    about = {"stand-in": "small", **json.loads((out / "record.json").read_text(encoding="utf-8"))}
+    about = {"stand-in": "small", **read_json(out / "record.json")}
     about["dtype of the edited model"] = str(lm.dtype).removeprefix("torch.")
     more = SMALL_ARCHITECTURES[config.architecture].extras(data_dir, config)
     return Bench(lm, train_facts, eval_facts, about, **more)

@@ -158,11 +158,13 @@ def test_statistics_of_another_model_or_layer_are_refused():
         KeyStatistics(statistics.second_moments, 3).check_fits(lm)
 
 
-def test_a_folder_keeps_them_and_tells_models_apart(tmp_path):
+def test_a_folder_keeps_them_and_tells_models_apart(tmp_path, monkeypatch):
     lm = toy_model()
     first = cached_key_statistics(lm, TEXTS, tmp_path, "toy")
     assert json.loads(json.dumps(first.provenance))["texts"] == 30
-    again = cached_key_statistics(lm, iter(()), tmp_path, "toy")
+    with monkeypatch.context() as patch:
+        patch.setattr("malmen_repro.methods.key_statistics.key_statistics", None)  # the model reads nothing
+        again = cached_key_statistics(lm, iter(TEXTS), tmp_path, "toy")
     assert all(torch.equal(m, again.second_moments[name]) for name, m in first.second_moments.items())
     with pytest.raises(EmptyCorpusError):
         cached_key_statistics(lm, [], tmp_path, "another")
@@ -171,6 +173,35 @@ def test_a_folder_keeps_them_and_tells_models_apart(tmp_path):
     with pytest.raises(EmptyCorpusError):
         cached_key_statistics(toy_model(seed=5), [], tmp_path, "toy")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_texts_of_the_same_name_have_statistics_of_their_own(tmp_path):
+    lm = toy_model()
+    one, other = (cached_key_statistics(lm, texts, tmp_path, "toy") for texts in (TEXTS, TEXTS[:-1]))
+    assert one.provenance["texts"] == other.provenance["texts"] + 1 and len(list(tmp_path.iterdir())) == 2
+    (path,) = [path for path in tmp_path.iterdir() if KeyStatistics.load(path).provenance["texts"] == len(TEXTS)]
+    other.save(path)
+    with pytest.raises(KeyStatisticsMismatchError, match=f"another corpus; remove {path}"):
+        cached_key_statistics(lm, TEXTS, tmp_path, "toy")
+
+
+def test_a_damaged_file_of_the_cache_is_never_made_anew_in_silence(tmp_path):
+    lm = toy_model()
+    cached_key_statistics(lm, TEXTS, tmp_path, "toy")
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(KeyStatisticsError, match=f"remove {path}"):
+        cached_key_statistics(lm, TEXTS, tmp_path, "toy")
+    path.unlink()
+    assert cached_key_statistics(lm, TEXTS, tmp_path, "toy").tokens and path.exists()
+
+
+def test_keys_that_are_not_finite_make_no_statistics(tmp_path):
+    lm = toy_model()
+    next(iter(lm.model.parameters())).data.fill_(torch.nan)
+    with pytest.raises(KeyStatisticsError, match="not all finite"):
+        cached_key_statistics(lm, TEXTS, tmp_path, "toy")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_model_stays_as_it_is():
