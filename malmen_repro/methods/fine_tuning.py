@@ -27,6 +27,7 @@ from malmen_repro.language_models import (
     LayerPatternError,
     feed_forward,
     match_layers,
+    outside_inference_mode,
     weight_view,
 )
 from ..progress import progress_bar
@@ -139,7 +140,7 @@ class FineTuning:
         "FT of the paper's layers of a model that is wrapped for another method. Raises as `fine_tuned_layers` does."
         return cls(fine_tuned(lm), config)
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def after_each_epoch(
         self,
         facts: Sequence[Fact],  # what the model shall say from now on
@@ -159,7 +160,7 @@ class FineTuning:
                 about = {"method": self.method, "facts": len(facts), "epochs": len(losses), "losses": [*losses]}
                 yield WeightShift(shifts, about)
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def edit(
         self,
         facts: Sequence[Fact],  # what the model shall say from now on

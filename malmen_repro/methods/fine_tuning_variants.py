@@ -29,7 +29,14 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import SEED, Rule, a_text, check_settings, number, one_of, optional_rule, whole, worded
 from ..facts import Fact, check_facts, optional
 from ..keys_and_gradients import at_least_float32
-from ..language_models import EncodedPair, LanguageModel, TokenBatch, feed_forward, match_layers
+from malmen_repro.language_models import (
+    EncodedPair,
+    LanguageModel,
+    TokenBatch,
+    feed_forward,
+    match_layers,
+    outside_inference_mode,
+)
 from .fine_tuning import FineTuningConfig, ShiftAdamW, known_layers
 from ..progress import progress_bar
 from ..protocol import EditorError, Needs
@@ -199,7 +206,7 @@ class SteppedEditor:
         "What is trained, before the first step."
         raise NotImplementedError
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def edit(
         self,
         facts: Sequence[Fact],  # what the model shall say from now on

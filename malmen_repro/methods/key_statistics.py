@@ -32,7 +32,11 @@ from malmen_repro.language_models import (
     LayerPatternError,
     TokenBatch,
     fingerprint,
+    in_eval_mode,
+    outside_inference_mode,
+    own_turn,
     same_model,
+    uncompiled,
 )
 from ..progress import progress_bar
 from ..weight_shifts import check_tensors, read_tensors, write_tensors
@@ -96,15 +100,9 @@ def run_model(
     lm: LanguageModel,
     **inputs: Tensor,  # what its forward takes
 ) -> Any:  # what it puts out
-    "A pass without a cache and without dropout, whatever mode the model was set to since it was wrapped."
-    training = [module for module in lm.model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
+    "A pass without a cache and without dropout, uncompiled, so that hooks and swapped modules are seen."
+    with own_turn(lm.model), in_eval_mode(lm.model), uncompiled():
         return lm.model(**inputs, use_cache=False)
-    finally:
-        for module in training:
-            module.training = True
 
 
 def passages(
@@ -244,7 +242,7 @@ def check_moments(
             )
 
 
-@torch.inference_mode(False)
+@outside_inference_mode
 def key_statistics(
     lm: LanguageModel,  # a decoder; the layers it is wrapped with
     texts: Iterable[str],  # ordinary text, such as Wikipedia's sentences; read once

@@ -22,7 +22,14 @@ from transformers import PreTrainedModel
 from ..errors import Rule, an, check_settings, check_values, each, number, one_of, quoted, whole
 from ..facts import Fact, check_facts
 from ..keys_and_gradients import at_least_float32
-from ..language_models import EncodedPair, LanguageModel, LayerPatternError, feed_forward, match_layers
+from malmen_repro.language_models import (
+    EncodedPair,
+    LanguageModel,
+    LayerPatternError,
+    feed_forward,
+    match_layers,
+    outside_inference_mode,
+)
 from .fine_tuning import known_layers
 from .key_statistics import KeyStatistics, check_moments, corpus_statistics, passages, run_model
 from malmen_repro.methods.target_vectors import (
@@ -354,7 +361,7 @@ class MEMIT:
             about = error.layer, self.statistics.tokens, error.d, error.regularization, error.condition
             raise SingularStatisticsError(*about) from error
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def edit(
         self,
         facts: Sequence[Fact],  # with subjects; what the model shall say from now on
@@ -431,7 +438,7 @@ class ROME:
         layers = critical_layers(lm, config.blocks[-1:])
         return cls(layers, corpus_statistics(layers, corpus, cache, progress), config)
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def edit(
         self,
         facts: Sequence[Fact],  # with subjects

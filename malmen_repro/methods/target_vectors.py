@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from ..errors import SEED, a_text, check_settings, check_values, each, number, quoted, whole, worded
 from ..facts import Fact, MalmenError
 from ..keys_and_gradients import at_least_float32
-from ..language_models import LanguageModel, LayerPatternError, TokenBatch, gathered
+from ..language_models import LanguageModel, LayerPatternError, TokenBatch, gathered, outside_inference_mode
 from .key_statistics import passages, run_model
 from ..progress import progress_bar
 from ..protocol import EditorError
@@ -184,7 +184,7 @@ def resumed_after(
         yield
 
 # %% ../../nbs/methods/23_target_vectors.ipynb #b5975125
-@torch.inference_mode(False)
+@outside_inference_mode
 @torch.no_grad()
 def random_prefixes(
     lm: LanguageModel,  # a decoder
@@ -347,7 +347,7 @@ def first_answers(batch: TokenBatch) -> Bool[Tensor, "batch length"]:
     return mask
 
 # %% ../../nbs/methods/23_target_vectors.ipynb #a4fb3460
-@torch.inference_mode(False)
+@outside_inference_mode
 def target_vectors(
     lm: LanguageModel,  # a decoder; as it is now, so an edit that is on counts
     block: str,  # the name of block L, such as "transformer.h.5"
