@@ -136,7 +136,8 @@ def _named(path: Path) -> Iterator[None]:
     except MalmenError:
         raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # torch.save raises a RuntimeError
-        said = getattr(error, "strerror", None) or next(filter(str.strip, str(error).splitlines()), type(error).__name__)
+        lines = filter(str.strip, str(error).splitlines())
+        said = getattr(error, "strerror", None) or next(lines, type(error).__name__)
         guess = " (is the disk full?)" if isinstance(error, RuntimeError) else ""  # torch says where, and not why
         raise FileError(f"{path} cannot be written: {said}{guess}") from error
 
