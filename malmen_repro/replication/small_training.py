@@ -311,8 +311,8 @@ class SmallRun:
         if saved.get("data", "") != self.data:
             raise StandInError(f"{self.path} learned from other data; give another folder or remove it")
         wrong = misfit(saved["model"], saved["optimizer"], saved["step"], self.lm.model, self.optimizer)
-        if not 0 <= saved["step"] <= self.config.steps or not math.isfinite(saved["seconds"]):
-            wrong = "a number of steps or seconds that cannot be"
+        if not (0 <= saved["step"] <= self.config.steps and saved["tokens"] >= 0 and math.isfinite(saved["seconds"])):
+            wrong = "a number of steps, tokens or seconds that cannot be"
         if wrong:
             raise StandInError(f"{self.path} is damaged ({wrong}); remove it to start anew")
         self.lm.model.load_state_dict(saved["model"])
