@@ -124,7 +124,7 @@ def answer_probabilities(
     batch: TokenBatch,  # on the model's device
 ) -> Float[Tensor, " rows"]:  # float32 or better
     "The probability of each row's whole answer."
-    logits = at_least_float32(lm.answer_logits(batch))
+    logits = at_least_float32(lm.finite_logits(batch))
     tokens = logits.log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
     rows = batch.answer_mask.nonzero()[:, 0]
     return tokens.new_zeros(batch.size).index_add(0, rows, tokens).exp()
