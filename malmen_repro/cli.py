@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EDITOR_FILES', 'UNTRAINED', 'MAIN_EXAMPLES', 'TRAIN_EXAMPLES', 'EDIT_EXAMPLES', 'EVALUATE_EXAMPLES', 'ANEW',
            'UsageError', 'check_places', 'folder_kind', 'check_own', 'training_facts', 'note', 'train', 'load_model',
-           'check_edit', 'edit', 'check_room', 'write_edit', 'enough_text', 'trained_editor', 'continued', 'ready',
-           'editor_layers', 'evaluate', 'positive', 'finite', 'seed', 'command', 'trained_method', 'ready_method',
-           'parser', 'main', 'in_a_line', 'Terminated', 'terminated', 'quiet_libraries']
+           'takes_blocks', 'check_edit', 'edit', 'check_room', 'write_edit', 'enough_text', 'saved_editor', 'continued',
+           'ready', 'editor_layers', 'evaluate', 'positive', 'finite', 'seed', 'command', 'trained_method',
+           'ready_method', 'parser', 'main', 'in_a_line', 'Terminated', 'terminated', 'quiet_libraries']
 
 # %% ../nbs/14_command_line.ipynb #c5f66cdd
 import argparse
@@ -52,6 +52,9 @@ def check_places(
     from malmen_repro.files import check_output
 
     taken = {what: _real(what, path) for what, path in reads.items() if path is not None}
+    for what, path in taken.items():
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for without end
+            raise UsageError(f"{what}: {path} is no ordinary file or folder")
     writes = [(option, path, False) for option, path in (files or {}).items()]
     for option, path, folder in writes + [(option, path, True) for option, path in (folders or {}).items()]:
         if path is None:
@@ -176,7 +179,23 @@ def load_model(
     except LayerPatternError as error:
         if layers is not None:
             raise
-        raise UsageError(f"{error} (--layers PATTERN)") from error
+        method = getattr(args, "method", None)
+        way = f"; {method} edits no others" if takes_blocks(method) else " (--layers PATTERN)"
+        raise UsageError(f"{error}{way}") from error
+
+
+def takes_blocks(
+    method: str | None,  # of the command line
+) -> bool:
+    "Whether a method chooses its layers by block, and by no pattern."
+    from dataclasses import asdict
+
+    from malmen_repro.protocol import editor_names, find_editor
+
+    if method not in editor_names():
+        return False
+    settings = asdict(find_editor(method).paper_config)
+    return not find_editor(method).needs.training and "blocks" in settings.get("memit", settings)
 
 # %% ../nbs/14_command_line.ipynb #cc3943c5
 def _trained(
@@ -217,6 +236,8 @@ def check_edit(
         raise UsageError("give either --editor DIR, which `train` wrote, or --method NAME, which needs no training")
     if args.editor and (args.layers or args.last):
         raise UsageError("--layers and --last are for --method: an editor edits the layers that it was trained for")
+    if (args.layers or args.last) and takes_blocks(args.method):
+        raise UsageError(f"{args.method} edits the blocks that --blocks names; leave --layers and --last out")
     if args.again and args.state is None:
         raise UsageError("--again is for --state DIR: without a state every edit begins with the model as it is")
     if args.merge_into is not None and args.method and not issubclass(find_editor(args.method).gives, WeightShift):
@@ -243,7 +264,7 @@ def edit(
 
     layers, last = editor_layers(args.editor) if args.editor else (args.layers, args.last)
     lm = load_model(args, layers, last)
-    editor = trained_editor(args, lm) if args.editor else ready(args, lm)
+    editor = saved_editor(args, lm) if args.editor else ready(args, lm)
     check_room(args, editor)
     how = {"progress": not args.quiet} | ({} if args.batch_size is None else {"batch_size": args.batch_size})
     if args.state is None:
@@ -321,7 +342,7 @@ def enough_text(
         raise UsageError(f"--corpus {args.corpus} is too small: {why}; give more text ({error})") from error
 
 
-def trained_editor(
+def saved_editor(
     args: argparse.Namespace,  # editor
     lm: "LanguageModel",
 ) -> "Editor":
@@ -368,8 +389,6 @@ def ready(
     if "blocks" in (inner := values.get("memit", values)):
         if args.corpus is None or not args.blocks:
             raise UsageError(f"{args.method} needs --corpus FILE, a text a line, and --blocks N ..., counted from 0")
-        if args.layers or args.last:
-            raise UsageError(f"{args.method} edits the blocks that --blocks names; leave --layers and --last out")
         inner["blocks"] = args.blocks
     if kind.needs.corpus and not (corpus := text_lines(args.corpus)):
         raise UsageError(f"{args.corpus} holds no text: --corpus takes ordinary text, a line each")

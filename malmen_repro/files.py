@@ -136,9 +136,10 @@ def _named(path: Path) -> Iterator[None]:
     except MalmenError:
         raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # torch.save raises a RuntimeError
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        said = getattr(error, "strerror", None) or lines[0]
-        raise FileError(f"{path} cannot be written: {said}") from error
+        lines = filter(str.strip, str(error).splitlines())
+        said = getattr(error, "strerror", None) or next(lines, type(error).__name__)
+        guess = " (is the disk full?)" if isinstance(error, RuntimeError) else ""  # torch says where, and not why
+        raise FileError(f"{path} cannot be written: {said}{guess}") from error
 
 
 @contextmanager

@@ -934,22 +934,29 @@ class LanguageModel:
         with own_turn(self.model), in_eval_mode(self.model):
             return self.family.answer_logits(batch)
 
-    @torch.no_grad()
-    def most_probable(
+    def finite_logits(
         self,
         batch: TokenBatch,  # one of `batches`
-    ) -> Int[Tensor, " tokens"]:  # in the order of `batch.labels`
-        "The most probable token at each answer position. Raises `NonFiniteLogitsError`, naming the pairs."
-        best = self.answer_logits(batch).max(-1)
+    ) -> Float[Tensor, "tokens vocabulary"]:  # in the model's dtype
+        "As `answer_logits`, for whoever takes scores from them. Raises `NonFiniteLogitsError`, naming the pairs."
+        logits = self.answer_logits(batch)
         # NaN would be the greatest of all and pass for a token. Minus infinity may stand for a token that is ruled out.
-        if (wrong := ~torch.isfinite(best.values)).any():
+        if (wrong := ~torch.isfinite(logits.detach().amax(-1))).any():
             rows = sorted(set(batch.rows[wrong].tolist()))
             listed = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
             raise NonFiniteLogitsError(
                 f"the model's outputs are not finite (pairs {listed}, counted from 0): "
                 "load it in a precision with more range, or edit less at once"
             )
-        return best.indices
+        return logits
+
+    @torch.no_grad()
+    def most_probable(
+        self,
+        batch: TokenBatch,  # one of `batches`
+    ) -> Int[Tensor, " tokens"]:  # in the order of `batch.labels`
+        "The most probable token at each answer position. Raises as `finite_logits`."
+        return self.finite_logits(batch).argmax(-1)
 
 # %% ../nbs/03_language_models.ipynb #70bb259b
 _PRECISIONS = ("float64", "float32", "bfloat16", "float16")  # those of a kind that a model may be converted to

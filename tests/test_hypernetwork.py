@@ -354,3 +354,19 @@ def test_outputs_come_in_the_networks_dtype_whatever_the_tokens(mine, theirs):
     net, cached = network().to(mine), tokens(dtype=theirs)
     net.update(cached, 0)
     assert all(out.dtype == mine for out in net(cached, 0))
+
+
+@pytest.mark.parametrize("options", [{"rank": 10**9}, {"blocks": 10**6}, {"learning_rate": 1e-60}, {"layers": 2**40}])
+def test_what_no_machine_could_hold_is_refused_before_it_is_made(options):
+    with pytest.raises(HyperNetworkError, match=next(iter(options))):
+        network(**options)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_token_that_is_no_number_does_not_spoil_the_statistics(wrong):
+    moments = RunningMoments(1, 3)
+    moments.update(torch.randn(5, 3), 0)
+    before = {name: value.clone() for name, value in moments.state_dict().items()}
+    with pytest.raises(HyperNetworkError, match="not finite"):
+        moments.update(torch.tensor([[1.0, wrong, 2.0]]), 0)
+    assert all(torch.equal(value, before[name]) for name, value in moments.state_dict().items())

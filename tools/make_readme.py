@@ -40,5 +40,6 @@ def readme(path=ROOT / "nbs" / "index.ipynb"):
 if __name__ == "__main__":
     target = ROOT / "README.md"
     if "--check" in sys.argv:
-        sys.exit(target.read_text(encoding="utf-8") != readme() and "README.md is not in step with nbs/index.ipynb: make readme")
+        same = target.read_text(encoding="utf-8") == readme()
+        sys.exit(0 if same else "README.md is not in step with nbs/index.ipynb: make readme")
     write_text(target, readme())

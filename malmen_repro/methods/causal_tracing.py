@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import SEED, check_values, each, number, whole, worded
+from ..errors import SEED, check_values, each, number, quoted, whole, worded
 from ..evaluation import answer_predictions
 from ..facts import Fact, MalmenError, NoFactsError, optional
 from ..keys_and_gradients import at_least_float32
-from ..language_models import LanguageModel, TokenBatch, feed_forward, match_layers
+from ..language_models import LanguageModel, TokenBatch, feed_forward, hooked, match_layers, own_turn
 from .key_statistics import passages
 from .target_vectors import block_of, covering_tokens, subject_span
 from ..progress import progress_bar
@@ -114,14 +114,8 @@ def replaced(
 
         return hook
 
-    handles = []
-    try:
-        for name, patch in patches.items():
-            handles.append(lm.model.get_submodule(name).register_forward_hook(patched(patch)))
+    with own_turn(lm.model), hooked([(lm.model.get_submodule(name), patched(p)) for name, p in patches.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 # %% ../../nbs/methods/25_causal_tracing.ipynb #6ebf7901
 @torch.no_grad()
@@ -130,7 +124,7 @@ def answer_probabilities(
     batch: TokenBatch,  # on the model's device
 ) -> Float[Tensor, " rows"]:  # float32 or better
     "The probability of each row's whole answer."
-    logits = at_least_float32(lm.answer_logits(batch))
+    logits = at_least_float32(lm.finite_logits(batch))
     tokens = logits.log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
     rows = batch.answer_mask.nonzero()[:, 0]
     return tokens.new_zeros(batch.size).index_add(0, rows, tokens).exp()
@@ -233,7 +227,7 @@ class TracedFact:
             with replaced(self.lm, self.patches(some)):
                 found.append(answer_probabilities(self.lm, self.batch(len(some))).cpu())
         if not (p := torch.cat(found)).isfinite().all():
-            raise TracingError(f"the model's probabilities for {self.fact.prompt[:80]!r} are not finite")
+            raise TracingError(f"the model's probabilities for {quoted(self.fact.prompt)} are not finite")
         return p
 
     def cut(self, runs: Sequence[TracedRun]) -> Iterator[Sequence[TracedRun]]:

@@ -32,8 +32,11 @@ from malmen_repro.language_models import (
     LayerPatternError,
     TokenBatch,
     fingerprint,
+    in_eval_mode,
     outside_inference_mode,
+    own_turn,
     same_model,
+    uncompiled,
 )
 from ..progress import progress_bar
 from ..weight_shifts import check_tensors, read_tensors, write_tensors
@@ -97,15 +100,9 @@ def run_model(
     lm: LanguageModel,
     **inputs: Tensor,  # what its forward takes
 ) -> Any:  # what it puts out
-    "A pass without a cache and without dropout, whatever mode the model was set to since it was wrapped."
-    training = [module for module in lm.model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
+    "A pass without a cache and without dropout, uncompiled, so that hooks and swapped modules are seen."
+    with own_turn(lm.model), in_eval_mode(lm.model), uncompiled():
         return lm.model(**inputs, use_cache=False)
-    finally:
-        for module in training:
-            module.training = True
 
 
 def passages(

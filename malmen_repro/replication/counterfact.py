@@ -240,7 +240,7 @@ def log_probabilities(
     sums, counts = torch.zeros(2, len(place), dtype=torch.float64)
     with progress_bar(total=len(place), desc=progress, disable=not progress, leave=False) as bar:
         for batch in lm.batches(list(place), batch_size):
-            found = at_least_float32(lm.answer_logits(batch)).log_softmax(-1).gather(-1, batch.labels.unsqueeze(-1))
+            found = at_least_float32(lm.finite_logits(batch)).log_softmax(-1).gather(-1, batch.labels.unsqueeze(-1))
             found, rows = found.squeeze(-1).cpu().double(), batch.rows.cpu()
             sums.index_add_(0, rows, found)
             counts.index_add_(0, rows, torch.ones_like(found))

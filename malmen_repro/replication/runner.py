@@ -175,13 +175,13 @@ def trained_editor(
             shutil.rmtree(directory, ignore_errors=True)
             checkpoint.unlink(missing_ok=True)
             done.add(key)
-        if directory.exists() and (kept := _kept(directory, lm, key)):
-            return _of_kind(kind, kept[0]), kept[1]
-        editor = METHODS[method].editor(lm, EditorConfig(**settings["editor"]))
-        story = _train(cell, editor, train_facts, TrainingConfig(**settings["training"]), checkpoint, progress)
-        _keep(editor, story, directory, key)
+        if not directory.exists() or (kept := _kept(directory, lm, key)) is None:
+            editor = METHODS[method].editor(lm, EditorConfig(**settings["editor"]))
+            story = _train(cell, editor, train_facts, TrainingConfig(**settings["training"]), checkpoint, progress)
+            _keep(editor, story, directory, key)
+            kept = editor, story
         checkpoint.unlink(missing_ok=True)
-        return _of_kind(kind, editor), story
+    return _of_kind(kind, kept[0]), kept[1]
 
 
 def _of_kind(kind: type[Editor], editor: Editor) -> Editor:

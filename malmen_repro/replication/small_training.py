@@ -39,7 +39,7 @@ from malmen_repro.files import (
     write_text,
 )
 from ..language_models import EncodedPair, LanguageModel
-from ..methods.target_vectors import subject_end, subject_tokens
+from ..methods.target_vectors import covering_tokens, subject_span
 from ..progress import progress_bar
 from .small_data import Lessons
 from malmen_repro.replication.small_models import (
@@ -124,11 +124,9 @@ def prompt_spans(
     named = {prompt: subject.strip() for prompt, subject in subjects.items() if subject}
     if not named:
         return {}
-    ends = [subject_end(*item) for item in named.items()]
-    starts = [end - len(subject) + 1 for end, subject in zip(ends, named.values(), strict=True)]
-    first, last = (subject_tokens(lm, list(named), places) for places in (starts, ends))
-    rows = lm.tokenizer(list(named))["input_ids"]
-    return {tuple(ids): (a, b + 1) for ids, a, b in zip(rows, first, last, strict=True)}
+    spans = [subject_span(*item) for item in named.items()]
+    rows, places = lm.tokenizer(list(named))["input_ids"], covering_tokens(lm, list(named), spans)
+    return {tuple(ids): (place.start, place.stop) for ids, place in zip(rows, places, strict=True)}
 
 # %% ../../nbs/replication/36_small_training.ipynb #7d80b96a
 class SmallCurriculum:
@@ -313,8 +311,8 @@ class SmallRun:
         if saved.get("data", "") != self.data:
             raise StandInError(f"{self.path} learned from other data; give another folder or remove it")
         wrong = misfit(saved["model"], saved["optimizer"], saved["step"], self.lm.model, self.optimizer)
-        if not 0 <= saved["step"] <= self.config.steps or not math.isfinite(saved["seconds"]):
-            wrong = "a number of steps or seconds that cannot be"
+        if not (0 <= saved["step"] <= self.config.steps and saved["tokens"] >= 0 and math.isfinite(saved["seconds"])):
+            wrong = "a number of steps, tokens or seconds that cannot be"
         if wrong:
             raise StandInError(f"{self.path} is damaged ({wrong}); remove it to start anew")
         self.lm.model.load_state_dict(saved["model"])

@@ -15,7 +15,7 @@ from malmen_repro.methods.coachhook import (
     CoachHooKConfig,
     HookedShift,
     HookedShiftError,
-    hooked,
+    hook_layers,
     row_scores,
     z_scores,
 )
@@ -89,7 +89,7 @@ def test_off_means_the_very_same_bits(kind):
 def test_a_threshold_that_nobody_reaches_changes_no_bit():
     lm = toy_model(torch.bfloat16)
     batch = next(lm.batches([fact.pair for fact in facts(5)], 5))
-    with torch.no_grad(), hooked(lm, random_shifts(lm), dict.fromkeys(lm.layers, math.inf)):
+    with torch.no_grad(), hook_layers(lm, random_shifts(lm), dict.fromkeys(lm.layers, math.inf)):
         on = lm.answer_logits(batch)
     with torch.no_grad():
         assert torch.equal(on, lm.answer_logits(batch))
@@ -99,7 +99,7 @@ def test_a_threshold_that_everybody_reaches_is_the_plain_shift():
     lm = toy_model()
     batch = next(lm.batches([fact.pair for fact in facts(5)], 5))
     shifts = random_shifts(lm)
-    with torch.no_grad(), hooked(lm, shifts, dict.fromkeys(lm.layers, -1e9)):
+    with torch.no_grad(), hook_layers(lm, shifts, dict.fromkeys(lm.layers, -1e9)):
         on = lm.answer_logits(batch)
     with torch.no_grad(), overlaid(lm, shifts):
         torch.testing.assert_close(on, lm.answer_logits(batch))
@@ -122,8 +122,8 @@ def test_each_token_gets_one_layer_or_the_other():
 
     scores = row_scores(lm, [fact.pair for fact in facts(6)], shifts)[name]
     run("off", torch.no_grad())
-    # `hooked` registers on entering, so the reader is registered inside.
-    for which, context in (("hooked", hooked(lm, shifts, {name: 1.0})), ("shifted", overlaid(lm, shifts))):
+    # `hook_layers` registers on entering, so the reader is registered inside.
+    for which, context in (("hooked", hook_layers(lm, shifts, {name: 1.0})), ("shifted", overlaid(lm, shifts))):
         with context:
             run(which, torch.no_grad())
     owners = batch.rows[torch.nn.functional.pad(batch.rows.diff() != 0, (1, 0), value=True)]
@@ -257,7 +257,7 @@ def plain_coachhook(lm, batches, statistics, config):
         rows = [pair.prompt + pair.answer[:-1] for pair in lm.encode([fact.pair for fact in some])]
         for i, name in enumerate(names):
             ready = {one: shifts[one] + done[one] for one in done}
-            with overlaid(lm, {one: shifts[one] for one in names[i:]}), hooked(lm, ready, below):
+            with overlaid(lm, {one: shifts[one] for one in names[i:]}), hook_layers(lm, ready, below):
                 keys = torch.stack([seen(lm.tokenizer(fact.subject)["input_ids"], name)[0][-1] for fact in some])
                 at = [subject_tokens(lm, [f.prompt], [subject_end(f.prompt, f.subject)])[0] for f in some]
                 states = torch.stack([seen(row, last)[1][place] for row, place in zip(rows, at, strict=True)])

@@ -11,7 +11,7 @@ from transformers import FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausa
 from malmen_repro.facts import Fact
 from malmen_repro.language_models import LanguageModel, LayerPatternError
 from malmen_repro.methods.causal_tracing import TracingError, mean_and_interval, subject_spans, trace
-from malmen_repro.methods.coachhook import CoachHooK, CoachHooKConfig, hooked
+from malmen_repro.methods.coachhook import CoachHooK, CoachHooKConfig, hook_layers
 from malmen_repro.methods.fine_tuning import FineTuning, FineTuningConfig, fine_tuned
 from malmen_repro.methods.fine_tuning_variants import FT_M, LoRA, LoRAConfig, SteppedFineTuning
 from malmen_repro.methods.key_statistics import (
@@ -140,7 +140,7 @@ def test_hook_layers_judge_rows_though_they_see_one():
     (name,) = lm.layers
     shift = torch.randn(lm.shapes[name], generator=torch.Generator().manual_seed(0))
     batch = next(lm.batches([fact.pair for fact in FACTS], 3))
-    with torch.no_grad(), hooked(lm, {name: shift}, {name: 1.0}):
+    with torch.no_grad(), hook_layers(lm, {name: shift}, {name: 1.0}):
         together = lm.answer_logits(batch)
         alone = torch.cat([lm.answer_logits(b) for b in lm.batches([fact.pair for fact in FACTS], 1)])
     order = torch.cat([b.labels for b in lm.batches([fact.pair for fact in FACTS], 1)])
@@ -155,7 +155,7 @@ def test_a_mask_by_position_counts_as_one_by_name():
     batch = next(lm.batches([fact.pair for fact in FACTS], 3))
     names = list(inspect.signature(lm.model.forward).parameters)
     at = [batch.inputs.get(name) for name in names[: names.index("attention_mask") + 1]]
-    with torch.no_grad(), hooked(lm, {name: shift}, {name: 1.0}):
+    with torch.no_grad(), hook_layers(lm, {name: shift}, {name: 1.0}):
         assert torch.equal(lm.model(*at).logits, lm.model(**batch.inputs).logits)
 
 
@@ -234,9 +234,9 @@ def stop(*_args, **_options):
     "switch_on",
     [
         lambda lm: until_seen(lm.layers),
-        lambda lm: hooked(lm, {n: torch.zeros(s) for n, s in lm.shapes.items()}, dict.fromkeys(lm.layers, 1.0)),
+        lambda lm: hook_layers(lm, {n: torch.zeros(s) for n, s in lm.shapes.items()}, dict.fromkeys(lm.layers, 1.0)),
     ],
-    ids=["until_seen", "hooked"],
+    ids=["until_seen", "hook_layers"],
 )
 def test_an_interrupt_between_two_hooks_leaves_none(switch_on):
     lm = toy_model(last=2)

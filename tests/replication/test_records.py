@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import os
 import platform
 import subprocess
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -253,7 +255,9 @@ def test_write_record_refuses_nan_and_keeps_what_was_there(tmp_path):
 
 
 def test_write_record_goes_over_what_is_there_and_over_a_part_left_behind(tmp_path):
-    (tmp_path / "r.json.part").write_text("half of a rec")
+    part = tmp_path / ".r.json.1-ab.part"  # of a process that was killed two days ago
+    part.write_text("half of a rec")
+    os.utime(part, (time.time() - 2 * 86_400,) * 2)
     for value in (1, 2):
         write_record({"a": value}, str(tmp_path / "r.json"))
     assert json.loads((tmp_path / "r.json").read_text()) == {"a": 2}
@@ -269,7 +273,7 @@ def test_damaged_records_are_told(tmp_path, damage):
 
 def test_bytes_that_are_no_text_are_told(tmp_path):
     (tmp_path / "r.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecordError, match="r.json is damaged: UnicodeDecodeError"):
+    with pytest.raises(RecordError, match="r.json is damaged: .*codec can't decode"):
         read_record(tmp_path / "r.json")
 
 
