@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EDITOR_FILES', 'UNTRAINED', 'MAIN_EXAMPLES', 'TRAIN_EXAMPLES', 'EDIT_EXAMPLES', 'EVALUATE_EXAMPLES', 'ANEW',
            'UsageError', 'check_places', 'folder_kind', 'check_own', 'training_facts', 'note', 'train', 'load_model',
-           'takes_blocks', 'check_edit', 'edit', 'check_room', 'write_edit', 'enough_text', 'trained_editor',
-           'continued', 'ready', 'editor_layers', 'evaluate', 'positive', 'finite', 'seed', 'command', 'trained_method',
+           'takes_blocks', 'check_edit', 'edit', 'check_room', 'write_edit', 'enough_text', 'saved_editor', 'continued',
+           'ready', 'editor_layers', 'evaluate', 'positive', 'finite', 'seed', 'command', 'trained_method',
            'ready_method', 'parser', 'main', 'in_a_line', 'Terminated', 'terminated', 'quiet_libraries']
 
 # %% ../nbs/14_command_line.ipynb #c5f66cdd
@@ -264,7 +264,7 @@ def edit(
 
     layers, last = editor_layers(args.editor) if args.editor else (args.layers, args.last)
     lm = load_model(args, layers, last)
-    editor = trained_editor(args, lm) if args.editor else ready(args, lm)
+    editor = saved_editor(args, lm) if args.editor else ready(args, lm)
     check_room(args, editor)
     how = {"progress": not args.quiet} | ({} if args.batch_size is None else {"batch_size": args.batch_size})
     if args.state is None:
@@ -342,7 +342,7 @@ def enough_text(
         raise UsageError(f"--corpus {args.corpus} is too small: {why}; give more text ({error})") from error
 
 
-def trained_editor(
+def saved_editor(
     args: argparse.Namespace,  # editor
     lm: "LanguageModel",
 ) -> "Editor":
