@@ -26,8 +26,16 @@ from ..errors import SEED, check_values, each, number, quoted, whole, worded
 from ..evaluation import answer_predictions
 from ..facts import Fact, MalmenError, NoFactsError, optional
 from ..keys_and_gradients import at_least_float32
-from ..language_models import LanguageModel, TokenBatch, feed_forward, hooked, match_layers, own_turn
-from .key_statistics import passages
+from malmen_repro.language_models import (
+    LanguageModel,
+    NonFiniteLogitsError,
+    TokenBatch,
+    feed_forward,
+    hooked,
+    match_layers,
+    own_turn,
+)
+from .key_statistics import by_position, passages
 from .target_vectors import block_of, covering_tokens, subject_span
 from ..progress import progress_bar
 
@@ -207,9 +215,10 @@ class TracedFact:
         found = defaultdict(list)
         for some in self.cut(runs):
             with replaced(self.lm, self.patches(some)):
-                seen = passages(self.lm, self.batch(len(some)), modules)
+                batch = self.batch(len(some))
+                seen = passages(self.lm, batch, modules)
             for name, passage in seen.items():
-                found[name].append(passage.left)
+                found[name].append(by_position(passage.left, batch.answer_mask.shape, name))
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def note(self, clean: Sequence[str] = (), corrupted: Sequence[str] = ()) -> "TracedFact":
@@ -249,7 +258,10 @@ class _Sample:
         if not facts:
             raise NoFactsError("there are no facts to trace")
         spans = subject_spans(lm, facts)
-        said, wanted = answer_predictions(lm, [fact.pair for fact in facts], options["batch_size"])
+        try:
+            said, wanted = answer_predictions(lm, [fact.pair for fact in facts], options["batch_size"])
+        except NonFiniteLogitsError as error:
+            raise TracingError(f"the model's probabilities for {quoted(facts[0].prompt)} are not finite") from error
         kept = [i for i in range(len(facts)) if said[i] == wanted[i] or not only_known]
         if not kept:
             raise TracingError(

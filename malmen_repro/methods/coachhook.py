@@ -25,7 +25,7 @@ from ..errors import SWITCH, an, check_settings, number
 from ..facts import Fact, check_facts, facts_hash
 from ..files import FileError, parse_json
 from ..language_models import LanguageModel, fingerprint, hooked, outside_inference_mode, own_turn
-from .key_statistics import KeyStatistics, corpus_statistics, passages
+from .key_statistics import KeyStatistics, by_position, corpus_statistics, passages
 from .memit import MEMIT, MEMITConfig, SubjectRows, critical_layers, inner_settings, spread
 from ..protocol import EditorError, Needs
 from malmen_repro.weight_shifts import (
@@ -216,7 +216,8 @@ def row_scores(
         seen = passages(lm, batch, shifts)
         mask = batch.inputs["attention_mask"].bool()
         for name, shift in shifts.items():
-            norms = F.linear(seen[name].entered.to(shift.dtype), shift).norm(dim=-1)
+            keys = by_position(seen[name].entered, mask.shape, name)
+            norms = F.linear(keys.to(shift.dtype), shift).norm(dim=-1)
             for row, (owner, scores) in enumerate(zip(batch.owners.tolist(), z_scores(norms, mask), strict=True)):
                 found[name][owner] = scores[mask[row]].cpu()
     return found

@@ -77,7 +77,7 @@ def until_seen(
         def hook(_module, args, kwargs, output):
             if name in seen:
                 raise LayerPatternError(f"{name} is used several times in a pass, and has no one input: choose another")
-            entered = args[0] if args else next(iter(kwargs.values()))
+            entered = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
             as_tuple = isinstance(output, tuple)
             left = output[0] if as_tuple else output
             # Copies: Falcon, for one, adds to a module's output in place.
@@ -109,16 +109,14 @@ def passages(
     lm: LanguageModel,
     batch: TokenBatch,  # on the model's device
     modules: Iterable[str],  # their names
-) -> dict[str, Passage]:  # with a row a pair and a position a token
+) -> dict[str, Passage]:  # see `by_position`
     "What enters and leaves modules in a pass that ends there. Raises `LayerPatternError` for one that takes no part."
     modules = {name: lm.model.get_submodule(name) for name in modules}
     with until_seen(modules) as seen:
         run_model(lm, **batch.inputs)
     if unseen := [name for name in modules if name not in seen]:
         raise LayerPatternError(f"{unseen[0]} takes no part when {type(lm.model).__name__} reads: choose another layer")
-    shape = batch.answer_mask.shape
-    both = {name: (by_position(p.entered, shape, name), by_position(p.left, shape, name)) for name, p in seen.items()}
-    return {name: Passage(*both[name], passage.as_tuple) for name, passage in seen.items()}
+    return seen
 
 
 def by_position(
@@ -140,7 +138,8 @@ def keys_of(
     batch: TokenBatch,  # on the model's device
 ) -> dict[str, Float[Tensor, "tokens key_size"]]:  # layer -> keys under the batch's mask, row after row
     "The inputs of the edited layers at the positions of `batch.answer_mask`; nothing above is computed."
-    return {name: passage.entered[batch.answer_mask] for name, passage in passages(lm, batch, lm.layers).items()}
+    mask, seen = batch.answer_mask, passages(lm, batch, lm.layers)
+    return {name: by_position(passage.entered, mask.shape, name)[mask] for name, passage in seen.items()}
 
 # %% ../../nbs/methods/22_key_statistics.ipynb #622d3459
 def text_batches(

@@ -31,7 +31,14 @@ from malmen_repro.language_models import (
     outside_inference_mode,
 )
 from .fine_tuning import known_layers
-from .key_statistics import KeyStatistics, check_moments, corpus_statistics, passages, run_model
+from malmen_repro.methods.key_statistics import (
+    KeyStatistics,
+    by_position,
+    check_moments,
+    corpus_statistics,
+    passages,
+    run_model,
+)
 from malmen_repro.methods.target_vectors import (
     NonFiniteTargetError,
     TargetConfig,
@@ -189,7 +196,8 @@ def at_subjects(
     "What a module sees at each subject's last token; nothing above it is computed."
     found: Tensor | None = None
     for batch in lm.batches(list(rows), batch_size):
-        vectors = at_least_float32(passages(lm, batch, [module])[module][which][first_answers(batch)])
+        seen = by_position(passages(lm, batch, [module])[module][which], batch.answer_mask.shape, module)
+        vectors = at_least_float32(seen[first_answers(batch)])
         if (wrong := ~vectors.isfinite().all(-1)).any():
             subject = lm.tokenizer.decode(rows[batch.owners[wrong][0]].prompt)
             raise NonFiniteTargetError(f"what {module} sees at the end of {quoted(subject)} is not finite")

@@ -26,7 +26,7 @@ from ..errors import SEED, a_text, check_settings, check_values, each, number, q
 from ..facts import Fact, MalmenError
 from ..keys_and_gradients import at_least_float32
 from ..language_models import LanguageModel, LayerPatternError, TokenBatch, gathered, outside_inference_mode
-from .key_statistics import passages, run_model
+from .key_statistics import by_position, passages, run_model
 from ..progress import progress_bar
 from ..protocol import EditorError
 from ..weight_shifts import swapped
@@ -166,7 +166,7 @@ def block_output(
     "With nothing computed above the block."
     with torch.no_grad():
         seen = passages(lm, batch, [block])[block]
-    return BlockOutput(seen.left, seen.as_tuple)
+    return BlockOutput(by_position(seen.left, batch.answer_mask.shape, block), seen.as_tuple)
 
 
 @contextmanager
