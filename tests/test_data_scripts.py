@@ -131,6 +131,16 @@ def test_download(server, tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a"]
 
 
+def test_a_download_takes_no_more_than_its_limit(server, tmp_path, monkeypatch):
+    server.files["/a"] = BODY
+    with pytest.raises(FetchError, match="has 2,048 bytes, and at most 2,000 are taken"):
+        downloads.download(f"{server.address}/a", tmp_path / "a", most=2000)
+    monkeypatch.setattr(downloads, "_total", lambda *_: None)  # a server that does not say the size
+    with pytest.raises(FetchError, match=r"sends more than 2,000 bytes; remove .*a\.part"):
+        downloads.download(f"{server.address}/a", tmp_path / "a", most=2000)
+    assert not (tmp_path / "a").exists() and (tmp_path / "a.part").stat().st_size < 2200
+
+
 def test_a_download_that_breaks_off_continues_where_it_was(server, tmp_path):
     server.files["/a"], server.breaks = BODY, [700, 500]
     downloads.download(f"{server.address}/a", tmp_path / "a")
@@ -746,7 +756,45 @@ def test_a_folder_into_which_nothing_was_fetched(tmp_path):
         fetch.check(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"downloads": 3}', "\udcff"])
+def archive(path, *members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members:
+            file.writestr(name, content)
+
+
+def test_files_by_hand_come_from_whole_archives_and_stay_in_their_place(tmp_path, monkeypatch):
+    hand, target = tmp_path / "hand", tmp_path / "to" / "x.json"
+    hand.mkdir()
+    target.parent.mkdir()
+    archive(hand / "b.zip", ("../../x.json", b"rows"))
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(hand / "a.zip")  # opening it would wait for ever
+    assert fetch.copied(hand, "x.json", target) and target.read_bytes() == b"rows"
+    assert [path.name for path in target.parent.iterdir()] == ["x.json"] and not (tmp_path / "x.json").exists()
+    monkeypatch.setattr(downloads, "MOST", 3)
+    with pytest.raises(FetchError, match="4 bytes: more than are taken"):
+        fetch.copied(hand, "x.json", target)
+    data = bytearray((hand / "b.zip").read_bytes())
+    data[data.index(b"x.json") + 6] ^= 255  # in what was packed
+    (hand / "b.zip").write_bytes(data)
+    monkeypatch.undo()
+    with pytest.raises(FetchError, match="cannot be taken from .*unpack it by hand"):
+        fetch.copied(hand, "x.json", target)
+    assert target.read_bytes() == b"rows"
+
+
+def test_an_archive_with_a_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    archive(tmp_path / "a.zip", ("r/dataset/dev/P19.test.json", json.dumps(NQ)))
+    monkeypatch.setattr(converters, "MEMBER", 100)
+    with pytest.raises(converters.ConversionError, match="at most 100 are read"):
+        converters.entity_questions({"a": tmp_path / "a.zip"}, tmp_path / "out", "dev")
+
+
+DAMAGED = ["{", "[]", "\udcff", "[" * 10**5]
+DAMAGED += ['{"downloads": 3}', '{"prepared": {"a": 1}}', '{"downloads": {"a": {"bytes": 1}}}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_record(tmp_path, manifest, content):
     (tmp_path / "fetched.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(FetchError, match=r"fetched\.json.*to begin anew"):

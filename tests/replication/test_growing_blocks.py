@@ -204,3 +204,8 @@ def test_a_training_from_another_start_is_that_of_a_seed_that_starts_there():
 
 def test_the_starts_are_those_of_the_record():
     assert {row["seed"]: row["start"] for row in read("other_starts")["rows"]} == OTHER_STARTS
+
+
+def test_a_commit_that_is_not_at_hand_is_named():
+    with pytest.raises(growing_blocks.RecordError, match="commit 0123456 is not at hand.*whole history"):
+        growing_blocks.old_record(16, "0123456")

@@ -11,6 +11,7 @@ from torch import nn
 
 import malmen_repro.replication.memory
 from malmen_repro.editors import MALMEN, MEND, EditorConfig
+from malmen_repro.errors import MalmenError
 from malmen_repro.facts import sha256
 from malmen_repro.normal_equation import SingularGramError
 from malmen_repro.replication.memory import (
@@ -472,6 +473,14 @@ def test_a_process_that_fails_or_is_killed(monkeypatch):
     monkeypatch.setattr(malmen_repro.replication.memory, "_CHILD", "import os; os.kill(os.getpid(), 9)")
     killed = measure_apart(configuration)
     assert not killed["extra"]["fits"] and "killed" in killed["extra"]["reason"]
+    for child in ("print('no record')", ""):
+        monkeypatch.setattr(malmen_repro.replication.memory, "_CHILD", child)
+        with pytest.raises(MalmenError, match="no readable JSON"):
+            measure_apart(configuration)
+    monkeypatch.setattr(malmen_repro.replication.memory, "_CHILD", "import time; time.sleep(60)")
+    monkeypatch.setattr(malmen_repro.replication.memory, "PATIENCE", 0.5)
+    with pytest.raises(RecordError, match="took more than .* hours; take fewer facts"):
+        measure_apart(configuration)
 
 
 # --- records
