@@ -149,7 +149,7 @@ def check_facts(
             here, there = fact.source or f"fact {i}", other.source or f"fact {place}"
             raise ConflictingFactsError(
                 f"{quoted(fact.prompt)} has the answers {quoted(other.answer)} ({there}) and "
-                f"{quoted(fact.answer)} ({here}); give one of them, or use drop_conflicts"
+                f"{quoted(fact.answer)} ({here}); give one of them (in Python, drop_conflicts leaves out both)"
             )
 
 # %% ../nbs/01_facts.ipynb #6fe7c0e6
