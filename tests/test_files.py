@@ -68,7 +68,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, erro
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("two\nlines"), ValueError("no")])
 def test_what_a_writing_library_raises_becomes_an_error_with_the_files_name(tmp_path, error):
-    with pytest.raises(FileError, match=f"{tmp_path / 'a'} cannot be written: (No space|two$|no$)"):
+    with pytest.raises(FileError, match=f"{tmp_path / 'a'} cannot be written: (No space|two|no$)"):
         with replacing(tmp_path / "a"):
             raise error
     assert not names(tmp_path)
