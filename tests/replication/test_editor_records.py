@@ -78,7 +78,10 @@ def tiny(world):
 def test_memory_is_what_the_committed_record_says(tiny, method):
     "Bytes of tensors do not depend on the machine."
     recorded = {(r["tier"], r["method"], r["m"]): r["bytes"] for r in committed("editors/memory.json")["rows"]}
-    assert edit_memory("tiny", *tiny, method, 64) == pytest.approx(recorded["tiny", method, 64], rel=0.01)
+    # When the record was made, MEMIT looked for infinite sums while their factor was there: a matrix of d x d more.
+    d = next(iter(tiny[0].shapes.values()))[1]
+    wanted = recorded["tiny", method, 64] - (8 * d * d if method == "MEMIT" else 0)
+    assert edit_memory("tiny", *tiny, method, 64) == pytest.approx(wanted, rel=0.01)
 
 
 def test_memory_of_some_methods(tiny, monkeypatch):

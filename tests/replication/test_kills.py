@@ -93,7 +93,7 @@ def left_behind(out):
 def test_a_run_that_is_killed_at_every_move_goes_on(tmp_path, undisturbed):
     kills = 0
     for turn in range(60):
-        code = ended(child(dying, 1 + turn // 2 % 2, turn % 2 == 1, tmp_path))
+        code = ended(child(dying, 1 + turn // 2 % 6, turn % 2 == 1, tmp_path))
         if code == 0:
             break
         assert code == KILLED
