@@ -1020,11 +1020,21 @@ def save_facts(
 
 
 # %% ../nbs/02_fact_files.ipynb #c1284142
+_STARTS = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00"}  # suffix -> how such a file begins
+
+
 def text_lines(
     path: str | os.PathLike,  # plain text, gzip or xz
 ) -> list[str]:
     "The lines that aren't blank, without white space at their ends. Raises `FactFileError`."
     path, found = Path(path), []
+    try:
+        with open(regular(path), "rb") as file:
+            start = file.read(6)
+    except OSError as error:
+        raise FactFileError(f"cannot be read: {_without(path, error)}", str(path)[:200]) from None
+    if not start.startswith(_STARTS.get(path.suffix, b"")):  # a damaged one would be read as plain text
+        raise FactFileError(f"is damaged: its name says {path.suffix[1:]}, and its content does not", path)
     for _, line, before in _lines(path, _blocks(path)):
         found += _decoded(line, before, path).split("\r")  # old files end a line so
     return [text for line in found if (text := line.strip())]

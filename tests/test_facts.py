@@ -256,10 +256,28 @@ def test_pairs():
     assert Fact("Who?", "She").equivalent_pairs == ()
 
 
-def test_texts_lose_white_space_and_lists_become_tuples():
-    assert Fact(" Who?\n", "\tShe ", (" Which one? ",)) == Fact("Who?", "She", ("Which one?",))
+def test_texts_stay_as_they_are_and_lists_become_tuples():
+    fact = Fact(" Who?\n\n", "\tShe ", (" Which one? ",))
+    assert (fact.prompt, fact.answer, fact.equivalent_prompts) == (" Who?\n\n", "\tShe ", (" Which one? ",))
     for prompts in ("Which one?", ["Which one?"]):
         assert unchecked.Fact("Who?", "She", prompts).equivalent_prompts == ("Which one?",)
+
+
+def test_rows_of_data_sets_are_tidied_and_rows_of_ones_own_are_not(tmp_path):
+    own = {"prompt": "<user>Who?\n\n", "answer": " She"}
+    (found,) = load_facts(written(tmp_path, json.dumps(own).encode()))
+    assert (found.prompt, found.answer) == ("<user>Who?\n\n", " She")
+    zsre = {"src": " Who? ", "ans": " She ", "rephrase": " Which one? "}
+    zsre |= {"loc": " nq question: who sang", "loc_ans": " He "}
+    (found,) = load_facts(written(tmp_path, json.dumps(zsre).encode()))
+    assert found.pair == ("Who?", "She") and found.equivalent_prompts == ("Which one?",)
+    assert found.unrelated_pair == ("who sang", "He")
+
+
+def test_a_text_whose_name_says_packed_is_not_read_as_plain(tmp_path):
+    for suffix in ("gz", "xz"):
+        with pytest.raises(FactFileError, match=f"its name says {suffix}"):
+            checked.text_lines(written(tmp_path, b"plain", f"text.{suffix}"))
 
 
 def test_a_fact_is_frozen_hashable_and_picklable():

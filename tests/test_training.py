@@ -278,6 +278,15 @@ def test_a_step_that_is_stopped_anywhere_leaves_the_last_whole_one(tmp_path, mon
         assert without_seconds(history) == without_seconds(expected) and same_bits(bits(again), end)
 
 
+@pytest.fixture
+def ctrl_c():
+    "Ctrl-C as on a terminal: a process that a shell started in the background is deaf to it."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_within_adam_waits_until_the_step_is_whole(tmp_path, monkeypatch):
     real, handlers = torch.optim.Adam.step, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
