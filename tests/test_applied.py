@@ -382,3 +382,17 @@ def test_an_unusual_feed_forward_network_is_an_error_with_near_misses():
         block.mlp = nn.Sequential(nn.Linear(16, 16))
     with pytest.raises(LayerPatternError, match="near misses"):
         feed_forward(model)
+
+
+def test_generation_with_a_static_cache_says_what_the_merged_model_says():
+    lm = toy_model()
+    shift = shift_of(lm, 2.0)
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+
+    def said(model):
+        return model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
+
+    before, wanted = said(lm.model), said(shift.merge_into(copy.deepcopy(lm.model)))
+    with shift.applied(lm):
+        found = said(lm.model)
+    assert torch.equal(found, wanted) and not torch.equal(found, before) and torch.equal(said(lm.model), before)

@@ -31,6 +31,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -731,6 +733,36 @@ def test_a_decoder_needs_a_token_to_start_with():
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
     with pytest.raises(LanguageModelError, match="T5ForConditionalGeneration has no decoder_start_token_id"):
         LanguageModel(model, word_tokenizer(), "*.wo")
+
+
+def test_a_token_that_generation_forces_is_read_and_not_counted():
+    lm = toy_encoder_decoder(kind="bart")
+    lm.model.generation_config.forced_bos_token_id = 7
+    forced = LanguageModel(lm.model, lm.tokenizer, lm.pattern, lm.last)
+    assert forced.family.opening == (forced.family.start, 7)
+    pairs = [fact.pair for fact in toy_facts(3)]
+    (plain,), (batch,) = lm.batches(pairs), forced.batches(pairs)
+    assert torch.equal(batch.labels, plain.labels) and torch.equal(batch.rows, plain.rows)
+    assert (batch.inputs["decoder_input_ids"][:, 1] == 7).all() and not batch.answer_mask[:, 0].any()
+    for pair in forced.encode(pairs):
+        asked = torch.tensor([pair.prompt])
+        written = forced.model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=3, do_sample=False)
+        assert written[0, :2].tolist() == list(forced.family.opening)  # the context that an edit is made in
+
+
+def test_roberta_counts_its_positions_from_behind_the_padding():
+    torch.manual_seed(0)
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    config = RobertaConfig(
+        vocab_size=62, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=26, pad_token_id=1, **labels,
+    )  # fmt: skip
+    lm = LanguageModel(RobertaForSequenceClassification(config), word_tokenizer(), "*.output.dense")
+    assert lm.context == 24
+    (batch,) = lm.batches([("w3 " * 24, "REFUTES")])
+    assert lm.answer_logits(batch).isfinite().all()
+    with pytest.raises(ContextLengthError, match="25 tokens"):
+        lm.encode([("w3 " * 25, "REFUTES")])
 
 
 # --- cached positions
