@@ -199,7 +199,7 @@ def other_label(
 ) -> str:
     "SUPPORTS for REFUTES, and the reverse. Raises `FactError` for anything else."
     if label not in LABELS:
-        raise FactError(f"a label must be {' or '.join(LABELS)}, is {label!r}")
+        raise FactError(f"a label must be {' or '.join(LABELS)}, is {quoted(label)}")
     return LABELS[1 - LABELS.index(label)]
 
 # %% ../nbs/01_facts.ipynb #a2a26e6a
@@ -211,7 +211,7 @@ def flipped(
     for fact in facts:
         if fact.answer not in LABELS:
             where = fact.source or repr(fact.prompt)
-            raise FactError(f"{where}: the answer {fact.answer!r} is no label, so there is no opposite one")
+            raise FactError(f"{where}: the answer {quoted(fact.answer)} is no label, so there is no opposite one")
         turned.append(replace(fact, answer=other_label(fact.answer), alternative=fact.answer))
     return turned
 
@@ -444,7 +444,8 @@ def _rephrases(
             raise TemplateError(f"{fact.source or repr(fact.prompt)}: the fact has no {name}, so no template fits it")
     if fact.relation not in templates:
         known = ", ".join(templates) or "none"
-        raise TemplateError(f"no templates for the relation {fact.relation!r} of {fact.prompt!r}; there are: {known}")
+        said = f"no templates for the relation {quoted(fact.relation)} of {quoted(fact.prompt)}"
+        raise TemplateError(f"{said}; there are: {known}")
     taken = {fact.prompt, *fact.equivalent_prompts}
     texts = (template.replace("[X]", fact.subject) for template in templates[fact.relation])
     return [text for text in dict.fromkeys(texts) if text not in taken]
@@ -456,7 +457,7 @@ def _check_templates(
     "Raises `TemplateError` unless each relation has a list of texts with [X] in them."
     for relation, texts in templates.items():
         if isinstance(texts, str) or not all(isinstance(text, str) and "[X]" in text for text in texts):
-            raise TemplateError(f"{relation} must have a list of texts with [X] for the subject, has {texts!r}")
+            raise TemplateError(f"{relation} must have a list of texts with [X] for the subject, has {quoted(texts)}")
 
 
 def add_rephrases(
@@ -805,7 +806,7 @@ def _label(
     if value not in LABELS:
         number = "; which class a number means is for data_scripts/fetch.py to find out"
         hint = number if isinstance(value, (int, float)) else ""
-        raise FactRowError(f"must be {' or '.join(LABELS)}, is {value!r}{hint}", field=name)
+        raise FactRowError(f"must be {' or '.join(LABELS)}, is {quoted(value)}{hint}", field=name)
     return value
 
 
@@ -877,7 +878,7 @@ def _rome_counterfact(
         raise FactRowError(f"must be an object, is {type(rewrite).__name__}", field="requested_rewrite")
     template, subject = (_text(_required(rewrite, name), name) for name in ("prompt", "subject"))
     if template.count("{}") != 1:
-        raise FactRowError(f"must hold {{}} once, for the subject; is {template!r}", field="prompt")
+        raise FactRowError(f"must hold {{}} once, for the subject; is {quoted(template)}", field="prompt")
     targets = {name: _required(rewrite, name) for name in ("target_new", "target_true")}
     for name, target in targets.items():
         targets[name] = _text(_required(target, "str") if isinstance(target, dict) else target, name)
@@ -916,7 +917,7 @@ def _values(
             return reader(row)
     if "answer" in row or ("prompt" in row and set(row) <= set(_FIELDS)):
         return _native(row)
-    keys = ", ".join(row) or "none"
+    keys = (", ".join(row) or "none")[:400]
     raise FactRowError(f"is of no known format; its keys: {keys}; known formats: {'; '.join(_KNOWN_FORMATS)}")
 
 
@@ -961,7 +962,7 @@ def _check_options(
     "Raises `FactError` for an option that isn't one of the allowed."
     for name, (value, allowed) in options.items():
         if value not in allowed:
-            raise FactError(f"{name} must be one of {', '.join(map(repr, allowed))}, is {value!r}")
+            raise FactError(f"{name} must be one of {', '.join(map(repr, allowed))}, is {quoted(value)}")
 
 
 def load_facts(
