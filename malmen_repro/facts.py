@@ -597,10 +597,13 @@ def _unpacked(
 
 def _blocks(
     path: Path,  # a plain, gzip or xz file
+    named: bool = False,  # it is packed if its name says so: where any text is right, a damaged file would pass for one
 ) -> Iterator[bytes]:
     "What is in a file, block by block; a byte-order mark is left out."
     try:
         with open(regular(path), "rb") as packed, _unpacked(packed) as file:
+            if named and path.suffix in _COMPRESSIONS and file is packed:
+                raise lzma.LZMAError(f"its name says {path.suffix[1:]}, and its content does not")
             yield file.read(BLOCK).removeprefix(b"\xef\xbb\xbf")
             while block := file.read(BLOCK):
                 yield block
@@ -1021,21 +1024,11 @@ def save_facts(
 
 
 # %% ../nbs/02_fact_files.ipynb #c1284142
-_STARTS = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00"}  # suffix -> how such a file begins
-
-
 def text_lines(
     path: str | os.PathLike,  # plain text, gzip or xz
 ) -> list[str]:
     "The lines that aren't blank, without white space at their ends. Raises `FactFileError`."
     path, found = Path(path), []
-    try:
-        with open(regular(path), "rb") as file:
-            start = file.read(6)
-    except OSError as error:
-        raise FactFileError(f"cannot be read: {_without(path, error)}", str(path)[:200]) from None
-    if not start.startswith(_STARTS.get(path.suffix, b"")):  # a damaged one would be read as plain text
-        raise FactFileError(f"is damaged: its name says {path.suffix[1:]}, and its content does not", path)
-    for _, line, before in _lines(path, _blocks(path)):
+    for _, line, before in _lines(path, _blocks(path, named=True)):
         found += _decoded(line, before, path).split("\r")  # old files end a line so
     return [text for line in found if (text := line.strip())]
