@@ -12,7 +12,6 @@ __all__ = ['EDITOR_FILES', 'UNTRAINED', 'MAIN_EXAMPLES', 'TRAIN_EXAMPLES', 'EDIT
 # %% ../nbs/14_command_line.ipynb #c5f66cdd
 import argparse
 import json
-import math
 import os
 import re
 import signal
@@ -25,7 +24,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import SEED, MalmenError, quoted
+from .errors import SEED, MalmenError, Rule, number, quoted
 from .facts import Fact, check_facts, load_facts, pair_unrelated
 
 if TYPE_CHECKING:
@@ -525,23 +524,26 @@ def positive(
     return value
 
 
+def _ruled(value: Any, rule: Rule) -> Any:
+    "The value, if a rule allows it, for argparse."
+    fits, words = rule
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"must be {words}, is {quoted(value)}")
+    return value
+
+
 def finite(
     text: str,  # what the user typed
 ) -> float:
     "A number that is neither infinite nor NaN, for argparse."
-    if not math.isfinite(value := float(text)):
-        raise argparse.ArgumentTypeError(f"must be a finite number, is {value}")
-    return value
+    return _ruled(float(text), number())
 
 
 def seed(
     text: str,  # what the user typed
 ) -> int:
     "What a random generator begins with, for argparse."
-    fits, words = SEED
-    if not fits(value := int(text)):
-        raise argparse.ArgumentTypeError(f"must be {words}, is {quoted(value)}")
-    return value
+    return _ruled(int(text), SEED)
 
 
 ANEW = "the same command again begins anew"

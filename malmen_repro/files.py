@@ -143,25 +143,31 @@ def _named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _filled(path: Path, moved: bool) -> Iterator[Path]:
+    "A fresh file beside `path`, flushed, and moved there if asked, when the block ends; it is gone if that fails."
+    part = _fresh(path)
+    try:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask is heeded here
+        mode = part.stat().st_mode
+        yield part
+        os.chmod(part, stat.S_IMODE(mode))
+        _flush(part)
+        if moved:
+            part.replace(path)
+            _flush(path.parent)
+    except BaseException:
+        _drop(part)
+        raise
+
+
+@contextmanager
 def replacing(
     path: str | os.PathLike,  # where the file shall be; its folder is made if it is not there
 ) -> Iterator[Path]:  # where to write it
     "A fresh file that takes the place of `path` when the block ends, and is gone if it fails. Raises `FileError`."
-    path, part = Path(path), None
-    with _named(path):
-        try:
-            part = _fresh(path)
-            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask is heeded here
-            mode = part.stat().st_mode
-            yield part
-            os.chmod(part, stat.S_IMODE(mode))
-            _flush(part)
-            part.replace(path)
-            _flush(path.parent)
-        except BaseException:
-            if part is not None:
-                _drop(part)
-            raise
+    path = Path(path)
+    with _named(path), _filled(path, moved=True) as part:
+        yield part
 
 
 def write_bytes(
@@ -278,12 +284,8 @@ def write_sealed(
             if _next(seal).exists() and _matches(_next(seal), seal):  # its writer was stopped before the last move
                 _next(seal).replace(seal)
             for name, write in neighbours.items():
-                parts[name] = _fresh(seal.with_name(name))
-                os.close(os.open(parts[name], os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-                mode = parts[name].stat().st_mode
-                write(parts[name])
-                os.chmod(parts[name], stat.S_IMODE(mode))
-                _flush(parts[name])
+                with _filled(seal.with_name(name), moved=False) as parts[name]:
+                    write(parts[name])
             hashes = {name: file_hash(part) for name, part in parts.items()}
             write_json(_next(seal), {**about, "files": hashes}, indent=1)
             for name, part in parts.items():

@@ -21,6 +21,7 @@ from malmen_repro.language_models import (
     LayerPatternError,
     TokenBatch,
     hooked,
+    listed_pairs,
     outside_inference_mode,
     own_turn,
 )
@@ -129,10 +130,9 @@ def _check_finite(name: str, cached: KeysAndGradients, batch: TokenBatch, mask: 
     for what, tensor in zip(("key", "value gradient"), cached, strict=True):
         wrong = ~torch.isfinite(tensor).all(dim=-1)
         if wrong.any():
-            rows = sorted(set(batch.owners[mask.nonzero()[:, 0]][wrong].tolist()))
-            listed = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+            pairs = listed_pairs(batch.owners[mask.nonzero()[:, 0]][wrong])
             raise NonFiniteGradientError(
-                f"a {what} at layer {name} is not finite (pairs {listed}, counted from 0): "
+                f"a {what} at layer {name} is not finite ({pairs}, counted from 0): "
                 "leave them out, or load the model in a precision with more range"
             )
 

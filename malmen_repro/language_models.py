@@ -6,10 +6,10 @@
 __all__ = ['AnyFunction', 'FEED_FORWARD', 'FAMILIES', 'HUB_PATIENCE', 'LanguageModelError', 'LayerPatternError',
            'EmptyAnswerError', 'ContextLengthError', 'UnknownLabelError', 'UnsupportedFamilyError',
            'NonFiniteLogitsError', 'BusyModelError', 'ModelNotFoundError', 'weight_view', 'layer_shape',
-           'linear_layers', 'match_layers', 'feed_forward', 'EncodedPair', 'TokenBatch', 'Family', 'Decoder',
-           'EncoderClassifier', 'EncoderDecoder', 'family_of', 'hooked', 'uncompiled', 'own_turn', 'in_eval_mode',
-           'outside_inference_mode', 'gathered', 'check_model', 'first_line', 'load_pretrained', 'find_device',
-           'LanguageModel', 'fingerprint', 'module_hash', 'same_model']
+           'linear_layers', 'match_layers', 'feed_forward', 'EncodedPair', 'TokenBatch', 'listed_pairs', 'Family',
+           'Decoder', 'EncoderClassifier', 'EncoderDecoder', 'family_of', 'hooked', 'uncompiled', 'own_turn',
+           'in_eval_mode', 'outside_inference_mode', 'gathered', 'check_model', 'first_line', 'load_pretrained',
+           'find_device', 'LanguageModel', 'fingerprint', 'module_hash', 'same_model']
 
 # %% ../nbs/03_language_models.ipynb #0da000e1
 import difflib
@@ -222,6 +222,15 @@ class TokenBatch:
         "The same batch on a device."
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         return TokenBatch(inputs, *(tensor.to(device) for tensor in (self.answer_mask, self.labels, self.rows)))
+
+
+def listed_pairs(
+    rows: Int[Tensor, " _"],  # places in the caller's list, some perhaps several times
+) -> str:
+    "The pairs as a message names them: the first eight, and how many more."
+    places = sorted(set(rows.tolist()))
+    more = f" and {len(places) - 8} more" if len(places) > 8 else ""
+    return f"pairs {', '.join(map(str, places[:8]))}{more}"
 
 # %% ../nbs/03_language_models.ipynb #2629cc6f
 def _padded(
@@ -942,10 +951,8 @@ class LanguageModel:
         logits = self.answer_logits(batch)
         # NaN would be the greatest of all and pass for a token. Minus infinity may stand for a token that is ruled out.
         if (wrong := ~torch.isfinite(logits.detach().amax(-1))).any():
-            rows = sorted(set(batch.rows[wrong].tolist()))
-            listed = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
             raise NonFiniteLogitsError(
-                f"the model's outputs are not finite (pairs {listed}, counted from 0): "
+                f"the model's outputs are not finite ({listed_pairs(batch.rows[wrong])}, counted from 0): "
                 "load it in a precision with more range, or edit less at once"
             )
         return logits

@@ -3,6 +3,7 @@
 import json
 import lzma
 import random
+from contextlib import contextmanager
 from itertools import product
 
 import pytest
@@ -19,6 +20,7 @@ from malmen_repro.replication.small_models import (
     small_model,
     wrapped_stand_in,
 )
+from malmen_repro.replication.small_training import SmallRun
 
 SIZES = dict(layers=1, width=32, heads=2, vocabulary=400, steps=12, learning_rate=2e-3, warmup=4)
 ROWS = dict(known=12, nq_rows=8, known_rows=8, corpus_rows=4)
@@ -93,3 +95,18 @@ def fresh(tokenizer, config=CONFIG):
 
 def prompts(facts):
     return {p for fact in facts for p in (fact.prompt, *fact.equivalent_prompts)}
+
+
+@contextmanager
+def stopped_before(step):
+    "While on, a training of a small language model is stopped by Ctrl-C when it has done so many steps."
+    advance = SmallRun.advance
+
+    def stop(run, *args):
+        if run.step == step:
+            raise KeyboardInterrupt
+        return advance(run, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SmallRun, "advance", stop)
+        yield

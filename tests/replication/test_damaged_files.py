@@ -31,7 +31,7 @@ from malmen_repro.replication.stand_ins import StandInError, StandInWarning, tin
 from tests.handmade import record
 from tests.replication.test_plans import EVALUATION, cell, toy_settings
 from tests.replication.test_runner import toy_bench
-from tests.small import CONFIG, fresh, write_folder
+from tests.small import CONFIG, fresh, stopped_before, write_folder
 
 INSTEAD = (None, "x", "", [], {}, -1, 10**400, True, 1e308, [[1]], {"x": 1})
 
@@ -274,18 +274,9 @@ def test_ctrl_c_saves_the_last_whole_step_and_none_in_half_a_step(tmp_path, monk
             raise KeyboardInterrupt
         return real(optimizer, *args)
 
-    advance = SmallRun.advance
-
-    def between(run, *args):
-        if run.step == 3:
-            raise KeyboardInterrupt
-        return advance(run, *args)
-
-    monkeypatch.setattr(SmallRun, "advance", between)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_before(3):
         train_small_language_model(folder, tmp_path / "stopped", **options)
     assert torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"] == 3
-    monkeypatch.setattr(SmallRun, "advance", advance)
     steps.extend([None] * 3)
     monkeypatch.setattr(torch.optim.AdamW, "step", stop)
     with pytest.raises(KeyboardInterrupt):

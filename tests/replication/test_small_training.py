@@ -34,7 +34,7 @@ from malmen_repro.replication.small_training import (
     warm_cosine,
 )
 from malmen_repro.replication.stand_ins import StandInError
-from tests.small import CONFIG, CONFIGS, EACH, fresh, write_folder
+from tests.small import CONFIG, CONFIGS, EACH, fresh, stopped_before, write_folder
 
 SUBJECTS = CONFIGS["gpt2-subjects"]
 
@@ -93,19 +93,10 @@ def test_half_pays_says_yes_or_no():
 
 
 @EACH
-def test_stopped_and_continued_is_the_same_as_straight(folder, tmp_path, monkeypatch, config):
+def test_stopped_and_continued_is_the_same_as_straight(folder, tmp_path, config):
     straight, tokenizer = train_small_language_model(folder, tmp_path / "straight", **options(config=config))
-    advance = SmallRun.advance
-
-    def stop(run, *args):
-        if run.step == 7:
-            raise KeyboardInterrupt
-        return advance(run, *args)
-
-    monkeypatch.setattr(SmallRun, "advance", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_before(7):
         train_small_language_model(folder, tmp_path / "stopped", **options(config=config))
-    monkeypatch.setattr(SmallRun, "advance", advance)
     continued, _ = train_small_language_model(folder, tmp_path / "stopped", **options(config=config))
     loaded, again = train_small_language_model(folder, tmp_path / "straight", **options(config=config))
     for other in (continued, loaded):
