@@ -263,13 +263,13 @@ def _next(seal: Path) -> Path:
     return seal.with_name(f".{seal.name}.next")
 
 
-def _matches(path: Path, seal: Path) -> bool:
-    "Whether the files beside a seal are those that `path`, the seal or the next one, says. Raises `FileError`."
+def _matching(path: Path, seal: Path) -> dict[str, Any] | None:
+    "What `path`, the seal or the next one, says, if the files beside it are those that it names. Raises `FileError`."
     about = read_json(path)
     files = about.get("files") if isinstance(about, dict) else None
     if not isinstance(files, dict) or any(name != Path(name).name or name in ("", "..") for name in files):
         raise FileError(f"{path} does not say which files belong to it: it is damaged, or of an older version")
-    return all(file_hash(seal.with_name(name)) == known for name, known in files.items())
+    return about if all(file_hash(seal.with_name(name)) == known for name, known in files.items()) else None
 
 
 def write_sealed(
@@ -281,7 +281,7 @@ def write_sealed(
     seal, parts = Path(seal), {}
     with _named(seal.parent):
         try:
-            if _next(seal).exists() and _matches(_next(seal), seal):  # its writer was stopped before the last move
+            if _next(seal).exists() and _matching(_next(seal), seal):  # its writer was stopped before the last move
                 _next(seal).replace(seal)
             for name, write in neighbours.items():
                 with _filled(seal.with_name(name), moved=False) as parts[name]:
@@ -306,8 +306,8 @@ def read_sealed(
     "A seal whose neighbours are those that it was written with. Raises `FileError` if they are others, or damaged."
     seal = Path(seal)
     for path in [path for path in (seal, _next(seal)) if path.exists()] or [seal]:
-        if _matches(path, seal):
-            return read_json(path)
+        if (about := _matching(path, seal)) is not None:
+            return about
     raise FileError(f"{seal} and the files beside it do not belong together: one was changed or is damaged")
 
 # %% ../nbs/17_files.ipynb #c0c68df8

@@ -6,6 +6,7 @@
 __all__ = ['NonFiniteGradientError', 'KeysAndGradients', 'at_least_float32', 'watched', 'fine_tuning_loss', 'capture', 'by_row']
 
 # %% ../nbs/04_keys_and_gradients.ipynb #19465df6
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -106,7 +107,7 @@ def capture(
     cached = {}
     for (name, (keys, _)), gradient in zip(seen.items(), gradients, strict=True):
         mask = lm.family.cached_mask(name, batch, tokens)
-        keys, gradient = (by_row(tensor, mask) for tensor in (keys, gradient))
+        keys, gradient = (by_row(tensor, mask.shape) for tensor in (keys, gradient))
         if keys.shape[:-1] != mask.shape:
             raise LayerPatternError(
                 f"layer {name} reads {tuple(keys.shape)}, not {tuple(mask.shape)} tokens: edit another layer"
@@ -117,12 +118,12 @@ def capture(
 
 
 def by_row(
-    tensor: Float[Tensor, "..."],  # what a layer reads or writes
-    mask: Bool[Tensor, "batch length"],
-) -> Float[Tensor, "..."]:  # (batch, length, size), if it has a position for each of the mask
-    "What a layer reads of a batch, row by row: OPT's layers read all positions of all rows in one list."
-    flat = tensor.ndim == 2 and len(tensor) == mask.numel()
-    return tensor.reshape(*mask.shape, -1) if flat else tensor
+    tensor: Float[Tensor, "..."],  # what a module reads or writes
+    shape: tuple[int, ...],  # rows and positions of the batch
+) -> Float[Tensor, "..."]:  # (batch, length, size), if it has as many positions
+    "What a module reads of a batch, row by row: OPT's layers read all positions of all rows in one list."
+    flat = tensor.ndim == 2 and len(tensor) == math.prod(shape)
+    return tensor.reshape(*shape, -1) if flat else tensor
 
 
 def _check_finite(name: str, cached: KeysAndGradients, batch: TokenBatch, mask: Bool[Tensor, "batch length"]) -> None:

@@ -556,12 +556,13 @@ def family_of(
 def hooked(
     hooks: Sequence[tuple[nn.Module, Callable[..., Any]]],  # modules with their hooks
     before: bool = False,  # whether the hooks are called before the modules run
+    keywords: bool = False,  # whether the hooks take the modules' keyword arguments too
 ) -> Iterator[None]:
     "While on, forward hooks are in force, in compiled code too; afterwards none is left, whatever happened."
     with uncompiled(), ExitStack() as stack:
         for module, hook in hooks:
             register = module.register_forward_pre_hook if before else module.register_forward_hook
-            stack.callback(register(hook).remove)
+            stack.callback(register(hook, with_kwargs=keywords).remove)
         yield
 
 

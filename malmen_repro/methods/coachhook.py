@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,8 +32,10 @@ from malmen_repro.weight_shifts import (
     StoredEdit,
     WeightShift,
     WeightShiftError,
+    bare_model,
     check_matrices,
     check_tensors,
+    laid_over,
     overlaid,
     read_tensors,
     write_tensors,
@@ -77,16 +79,15 @@ def _masks(model: nn.Module) -> Iterator[Callable[[Tensor], Bool[Tensor, "batch 
             raise HookedShiftError("hook layers judge a token by its whole row: generate with use_cache=False")
         return torch.ones(rows, dtype=torch.bool, device=keys.device) if mask is None else mask.bool()
 
-    with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
+    with hooked([(model, note)], before=True, keywords=True):
         yield of
 
 
-def _hook(shift: Tensor, alpha: float, mask_of: Callable[[Tensor], Tensor], used: list[bool]):
+def _hook(shift: Tensor, alpha: float, mask_of: Callable[[Tensor], Tensor]):
     "A forward hook: the validated hook layer of Fig. 1."
 
     def hook(_module, args, output):
-        used[0], keys = True, args[0]
+        keys = args[0]
         dtype = torch.promote_types(shift.dtype, output.dtype)
         there = {"device": output.device, "dtype": dtype}  # an off-loaded layer computes elsewhere than its weight lies
         moved = F.linear(keys.to(**there), shift.to(**there))
@@ -103,23 +104,14 @@ def hook_layers(
     shifts: Mapping[str, Float[Tensor, "value_size key_size"]],  # layer -> W_h - W
     thresholds: Mapping[str, float],  # layer -> alpha
 ) -> Iterator[None]:
-    """While on, the layers are validated hook layers, in compiled code too.
-
-    Raises `WeightShiftError` if a shift doesn't fit or no layer is asked for, `BusyModelError` if another thread is in.
-    """
-    model = target.model if isinstance(target, LanguageModel) else target
-    model, used = getattr(model, "_orig_mod", model), [False]
+    "While on, the layers are validated hook layers. Raises `WeightShiftError` for another model, and as `laid_over`."
+    model = bare_model(target)
     WeightShift(dict(shifts)).check_fits(model)
-
-    def asked(_module, _args, _output):
-        if shifts and not used[0]:
-            raise HookedShiftError("the model has run without one of its hook layers: load the plain model")
-
     with own_turn(model), _masks(model) as mask_of:
-        hooks = [
-            (model.get_submodule(name), _hook(shift, thresholds[name], mask_of, used)) for name, shift in shifts.items()
-        ]
-        with hooked([*hooks, (model, asked)]):
+        hooks = {
+            model.get_submodule(name): _hook(shift, thresholds[name], mask_of) for name, shift in shifts.items()
+        }
+        with laid_over(model, hooks):
             yield
 
 # %% ../../nbs/methods/26_coachhook.ipynb #652ba234

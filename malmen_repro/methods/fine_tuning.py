@@ -65,7 +65,7 @@ def known_layers(
 ) -> list[str] | None:  # glob patterns of the second feed-forward layers
     "What the table of `feed_forward` says of a model; None if it says nothing, and the user's own layers count."
     try:
-        return feed_forward(model, "second") or None
+        return feed_forward(model, "second")
     except LayerPatternError:
         return None
 

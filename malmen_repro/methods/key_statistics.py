@@ -10,10 +10,9 @@ __all__ = ['KeyStatisticsError', 'EmptyCorpusError', 'KeyStatisticsMismatchError
 # %% ../../nbs/methods/22_key_statistics.ipynb #fa127b19
 import hashlib
 import json
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,12 +25,14 @@ from torch import Tensor
 from ..errors import MalmenError, check_values, optional_rule, quoted, whole
 from ..facts import cache_folder
 from ..files import FileError, parse_json
+from ..keys_and_gradients import by_row
 from malmen_repro.language_models import (
     EncodedPair,
     LanguageModel,
     LayerPatternError,
     TokenBatch,
     fingerprint,
+    hooked,
     in_eval_mode,
     outside_inference_mode,
     own_turn,
@@ -87,13 +88,9 @@ def until_seen(
 
         return hook
 
-    with ExitStack() as stack:  # an interrupt between two registrations leaves no hook either
-        try:
-            for name, module in modules.items():
-                stack.callback(module.register_forward_hook(watch(name), with_kwargs=True).remove)
-            yield seen
-        except _Enough:
-            pass
+    hooks = [(module, watch(name)) for name, module in modules.items()]
+    with suppress(_Enough), hooked(hooks, keywords=True):
+        yield seen
 
 # %% ../../nbs/methods/22_key_statistics.ipynb #acbc621b
 def run_model(
@@ -125,11 +122,10 @@ def by_position(
     name: str,  # of the module
 ) -> Float[Tensor, "batch length size"]:
     "An activation with a row a pair, though the module sees tokens in one row, as OPT's. Raises `LayerPatternError`."
-    if activation.shape[:-1] == shape:
-        return activation
-    if activation.ndim == 2 and len(activation) == math.prod(shape):
-        return activation.view(*shape, -1)
-    raise LayerPatternError(f"{name} sees {tuple(activation.shape)}, not {tuple(shape)} tokens: choose another layer")
+    rows = by_row(activation, shape)
+    if rows.shape[:-1] != shape:
+        raise LayerPatternError(f"{name} sees {tuple(rows.shape)}, not {tuple(shape)} tokens: choose another layer")
+    return rows
 
 
 @torch.no_grad()

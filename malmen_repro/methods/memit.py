@@ -9,7 +9,7 @@ __all__ = ['ASCENDING', 'ModelDuring', 'ROME_TARGET', 'SingularStatisticsError',
 
 # %% ../../nbs/methods/24_memit.ipynb #a761b066
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -27,6 +27,7 @@ from malmen_repro.language_models import (
     LanguageModel,
     LayerPatternError,
     feed_forward,
+    hooked,
     match_layers,
     outside_inference_mode,
 )
@@ -288,9 +289,7 @@ def check_used_once(
 
         return hook
 
-    with ExitStack() as stack, torch.no_grad():
-        for name, layer in lm.layers.items():
-            stack.callback(layer.register_forward_hook(counted(name)).remove)
+    with torch.no_grad(), hooked([(layer, counted(name)) for name, layer in lm.layers.items()]):
         run_model(lm, input_ids=torch.zeros(1, 1, dtype=torch.long, device=lm.device))
     if wrong := [name for name, count in counts.items() if count != 1]:
         raise LayerPatternError(
