@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['EDITOR_FILES', 'UNTRAINED', 'MAIN_EXAMPLES', 'TRAIN_EXAMPLES', 'EDIT_EXAMPLES', 'EVALUATE_EXAMPLES', 'ANEW',
            'UsageError', 'check_places', 'folder_kind', 'check_own', 'training_facts', 'note', 'train', 'load_model',
-           'takes_blocks', 'check_edit', 'edit', 'check_room', 'write_edit', 'enough_text', 'saved_editor', 'continued',
-           'ready', 'editor_layers', 'evaluate', 'positive', 'finite', 'seed', 'command', 'trained_method',
-           'ready_method', 'parser', 'main', 'in_a_line', 'Terminated', 'terminated', 'quiet_libraries']
+           'takes_blocks', 'settings_of', 'check_edit', 'edit', 'check_room', 'write_edit', 'enough_text',
+           'saved_editor', 'continued', 'ready', 'editor_layers', 'evaluate', 'positive', 'finite', 'seed', 'command',
+           'trained_method', 'ready_method', 'parser', 'main', 'in_a_line', 'Terminated', 'terminated',
+           'quiet_libraries']
 
 # %% ../nbs/14_command_line.ipynb #c5f66cdd
 import argparse
@@ -20,6 +21,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +31,10 @@ from .facts import Fact, check_facts, load_facts, pair_unrelated
 
 if TYPE_CHECKING:
     from malmen_repro.consecutive import ConsecutiveRun
-    from malmen_repro.editors import Editor
+    from malmen_repro.editors import Editor, EditorConfig
     from malmen_repro.language_models import LanguageModel
     from malmen_repro.protocol import AnyEditor
+    from malmen_repro.training import TrainingConfig
 
 # %% ../nbs/14_command_line.ipynb #c208a0cf
 class UsageError(MalmenError, ValueError):
@@ -201,27 +204,44 @@ def _trained(
     args: argparse.Namespace, lm: "LanguageModel", facts: list[Fact], checkpoint: Path
 ) -> tuple["Editor", list[dict], str]:
     "The editor, a record a step, and both in words."
-    from malmen_repro.editors import MALMEN, EditorConfig
+    from malmen_repro.editors import MALMEN
     from malmen_repro.files import check_output
     from malmen_repro.protocol import find_editor
-    from malmen_repro.training import TrainingConfig, without_training
+    from malmen_repro.training import without_training
 
-    training = TrainingConfig(
-        num_facts=args.num_facts, steps=args.steps, meta_learning_rate=args.meta_learning_rate,
-        locality_coefficient=args.locality, lm_batch_size=args.batch_size, seed=args.seed,
-        tuned_start=args.tuned_start,
-    )
+    config, training = settings_of(args)
     if args.method == UNTRAINED:
-        editor = MALMEN(lm, EditorConfig(rank=1, blocks=1, learning_rate=args.learning_rate, seed=args.seed))
+        editor = MALMEN(lm, replace(config, rank=1, blocks=1))
         rate = without_training(editor, facts, training, not args.quiet)
         return editor, [], f"no steps; η is {rate:.3g} for every layer"
-    config = EditorConfig(rank=args.rank, blocks=args.blocks, learning_rate=args.learning_rate, seed=args.seed)
     editor = find_editor(args.method).of(lm, config)
     # Weights and Adam's two moments in the checkpoint, an old one beside the new one, and the weights once more.
     check_output(args.out, folder=True, room=7 * 4 * sum(p.numel() for p in editor.parameters()))
     history = editor.train(facts, config=training, checkpoint=checkpoint, progress=not args.quiet)
-    losses = "generalisation loss {generalization:.4f}, locality loss {locality:.4f}".format(**history[-1])
-    return editor, history, f"{len(history)} steps, the last with {losses}"
+    last = history[-1]
+    story = "generalisation loss {generalization:.4f}, locality loss {locality:.4f}".format(**last)
+    if "ES" in last:
+        scores = ", ".join(f"{name} {last[name]:.3f}" for name in ("ES", "GS") if name in last)
+        story += f"\nOn facts kept from training: {scores}; before the edit ES {last['ES before']:.3f}"
+    return editor, history, f"{len(history)} steps, the last with {story}"
+
+
+def settings_of(
+    args: argparse.Namespace,  # setting, and every field of both configurations, None where nothing was asked for
+) -> tuple["EditorConfig", "TrainingConfig"]:
+    "A named setting with what was asked for. A rate to start at is taken at its word, and not tuned."
+    from malmen_repro.editors import EditorConfig
+    from malmen_repro.training import TrainingConfig
+
+    asked = {name: value for name, value in vars(args).items() if value is not None}
+    asked |= {"lm_batch_size": args.batch_size}
+    if "learning_rate" in asked:
+        asked.setdefault("tuned_start", False)
+    kinds = (EditorConfig, TrainingConfig)
+    editing, training = ({f.name: asked[f.name] for f in fields(kind) if f.name in asked} for kind in kinds)
+    if args.setting == "paper":
+        return EditorConfig.paper(**editing), TrainingConfig.paper(**training)
+    return EditorConfig(**editing), TrainingConfig(**training)
 
 # %% ../nbs/14_command_line.ipynb #75900140
 def check_edit(
@@ -490,6 +510,8 @@ example:
 
 "MALMEN untrained" is least squares on raw gradients: no steps; one block of M facts chooses a learning rate for all
 layers. Of the settings only --layers, --last, --num-facts, --locality and --seed count.
+
+A tenth of the facts at most, and M of them, is kept from training; ES and GS on these stand beside the bar.
 """
 EDIT_EXAMPLES = """
 With --state DIR the first call begins a run and each later one edits the model as the run left it; FILE is then the
@@ -611,7 +633,7 @@ def _model_options(
 
 # %% ../nbs/14_command_line.ipynb #8ab2d88a
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    "Options of `train`; rank, blocks and rates default to the paper's (Appendix A.6)."
+    "Options of `train`: one for every field of `EditorConfig` and `TrainingConfig`."
     _model_options(parser)
     add = parser.add_argument
     add("--unrelated", type=Path, metavar="FILE", help="facts that edits shall leave alone, one dealt to each fact")
@@ -621,15 +643,40 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     summary = f"MALMEN, MEND or another editor that is trained, or {UNTRAINED!r} (default: %(default)s)"
     add("--method", type=trained_method, default="MALMEN", metavar="NAME", help=summary)
     add("--num-facts", type=positive, default=64, metavar="M", help="facts edited at once, m (default: %(default)s)")
-    add("--steps", type=positive, default=1000, metavar="N", help="meta-steps (default: %(default)s)")
-    add("--rank", type=positive, default=1920, metavar="N", help="of the hyper-network (default: %(default)s)")
-    add("--blocks", type=positive, default=2, metavar="N", help="in the hyper-network (default: %(default)s)")
-    add("--learning-rate", type=finite, default=1e-6, metavar="X", help="eta at the start (default: %(default)s)")
-    add("--tuned-start", action="store_true", help="start eta where one block of facts says: advised for a new model")
-    add("--meta-learning-rate", type=finite, default=1e-5, metavar="X", help="Adam's (default: %(default)s)")
-    add("--locality", type=finite, default=1.0, metavar="X", help="weight of the locality loss (default: %(default)s)")
-    add("--seed", type=seed, default=0, metavar="N", help="default: %(default)s")
+    add("--steps", type=positive, metavar="N", help="meta-steps (default: 300; paper 1000)")
     add("--out", required=True, type=Path, metavar="DIR", help="for the editor; goes on from a checkpoint in it")
+    summary = "where all settings below come from: what trains best here, or Appendix A.6 (default: %(default)s)"
+    add("--setting", choices=("tuned", "paper"), default="tuned", help=summary)
+    _setting_options(parser.add_argument_group("settings", "The defaults are those of tuned."))
+
+
+def _setting_options(group: Any) -> None:
+    "What --setting decides, one by one."
+    add, switch = group.add_argument, {"action": argparse.BooleanOptionalAction, "default": None}
+    add("--rank", type=positive, metavar="N", help="of the hyper-network (a quarter of the layer's width; paper 1920)")
+    add("--blocks", type=positive, metavar="N", help="in the hyper-network (2)")
+    add("--learning-rate", type=finite, metavar="X", help="eta at the start (one block of facts says; paper 1e-6)")
+    add("--tuned-start", **switch, help="start eta where one block of facts says (yes, without --learning-rate)")
+    add("--regularization", type=finite, metavar="X", help="lambda at the start (1)")
+    add("--tokens", choices=("answer", "all"), help="which tokens are read: the answer's, or all (answer)")
+    add("--plain-learning-rate", **switch, help="learn eta itself, not its logarithm (no; paper: yes)")
+    add("--normal-start", **switch, help="first low-rank factors from N(0, 1), not Xavier's (no; paper: yes)")
+    add("--pooled-moments", **switch, help="one normaliser for all layers of a shape (no; paper: yes)")
+    add("--meta-learning-rate", type=finite, metavar="X", help="Adam's (4 / width of the layer; paper 1e-5)")
+    summary = "Adam's for log eta and log lambda (0.02; paper: the same)"
+    add("--scalar-learning-rate", type=finite, metavar="X", help=summary)
+    add("--warmup", type=int, metavar="N", help="steps over which the rates rise (10; paper 0)")
+    add("--decay", **switch, help="let the rates fall to a tenth (yes; paper: no)")
+    add("--ramp-facts", type=positive, metavar="N", help="facts a block in the first --ramp-steps (none)")
+    add("--ramp-steps", type=int, metavar="N", help="how many of the steps have smaller blocks (0)")
+    summary = "weight of the locality loss (1)"
+    add("--locality", dest="locality_coefficient", type=finite, metavar="X", help=summary)
+    add("--max-meta-gradient-norm", type=finite, metavar="X", help="longer meta-gradients are cut (1)")
+    add("--network-batch-size", type=positive, metavar="N", help="tokens in the hyper-network at once (4096)")
+    summary = "facts kept from training, to show ES and GS on (M, at most a tenth of all; paper 0)"
+    add("--held-out", type=int, metavar="N", help=summary)
+    add("--score-every", type=positive, metavar="N", help="steps between looks at them (50)")
+    add("--seed", type=seed, default=0, metavar="N", help="of weights and order (0)")
 
 
 def _train_stopped(args: argparse.Namespace) -> str:

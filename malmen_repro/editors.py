@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import training
-from .errors import SEED, MalmenError, check_settings, one_of, quoted
+from .errors import SEED, SWITCH, MalmenError, check_settings, one_of, optional_rule, quoted
 from .facts import Fact, Pair, check_facts
 from .files import FileError, read_sealed, write_sealed
-from .hypernetwork import BLOCKS, ETA, LAMBDA, RANK, HyperNetwork, HyperNetworkError
+from .hypernetwork import BLOCKS, ETA, LAMBDA, RANK, HyperNetwork, HyperNetworkError, rank_of
 from .keys_and_gradients import KeysAndGradients, NonFiniteGradientError, capture
 from .language_models import EncodedPair, LanguageModel, fingerprint, outside_inference_mode, same_model
 from .normal_equation import Factor, StreamingNormalEquation, factorize
@@ -32,18 +32,32 @@ from .weight_shifts import StoredEdit, WeightShift, check_finite, pack_tensors, 
 # %% ../nbs/10_editors.ipynb #339971da
 @dataclass(frozen=True)
 class EditorConfig:
-    "What an editor is made of; the defaults are the paper's (Appendix A.6). Raises `EditorError`."
+    "What an editor is made of. The defaults are the setting `tuned`, `paper` is the other. Raises `EditorError`."
 
-    rank: int = 1920  # of the low-rank blocks
+    rank: int | None = None  # of the low-rank blocks; None follows the layer, `malmen_repro.hypernetwork.rank_of`
     blocks: int = 2  # in the hyper-network
-    learning_rate: float = 1e-6  # eta at the start
+    learning_rate: float = 1e-6  # eta at the start; a tuned start finds its own
     regularization: float = 1.0  # lambda at the start
     tokens: str = "answer"  # which tokens are cached: those that output the answer, or "all"
     seed: int = 0  # of the initial weights
+    plain_learning_rate: bool = False  # learn eta itself, which may turn negative, instead of log eta
+    normal_start: bool = False  # first low-rank factors from N(0, 1) instead of Xavier's
+    pooled_moments: bool = False  # one normaliser for all layers of a shape instead of one for each
 
     def __post_init__(self):
-        sizes = {"rank": RANK, "blocks": BLOCKS, "learning_rate": ETA, "regularization": LAMBDA}
+        sizes = {"rank": optional_rule(RANK), "blocks": BLOCKS, "learning_rate": ETA, "regularization": LAMBDA}
+        sizes |= dict.fromkeys(("plain_learning_rate", "normal_start", "pooled_moments"), SWITCH)
         check_settings(self, EditorError, **sizes, tokens=one_of("answer", "all"), seed=SEED)
+
+    @classmethod
+    def paper(
+        cls,
+        **changes: Any,  # of its fields
+    ) -> "EditorConfig":
+        "The paper's: Appendix A.6, and where it is silent what MEND's and MALMEN's public code does."
+        settings: dict[str, Any] = {"rank": 1920, "blocks": 2, "learning_rate": 1e-6, "regularization": 1.0}
+        settings |= dict.fromkeys(("plain_learning_rate", "normal_start", "pooled_moments"), True)
+        return cls(**(settings | changes))
 
 # %% ../nbs/10_editors.ipynb #38907418
 class LayerNetworks(nn.ModuleDict):
@@ -58,15 +72,11 @@ class LayerNetworks(nn.ModuleDict):
         for layer, shape in shapes.items():
             members.setdefault(tuple(shape), []).append(layer)
         self.places = {layer: (f"{v}x{k}", i) for (v, k), layers in members.items() for i, layer in enumerate(layers)}
+        settings = {name: value for name, value in asdict(config).items() if name not in ("tokens", "seed")}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             super().__init__(
-                {
-                    f"{v}x{k}": HyperNetwork(
-                        k, v, len(layers), config.rank, config.blocks, config.learning_rate, config.regularization
-                    )
-                    for (v, k), layers in members.items()
-                }
+                {f"{v}x{k}": HyperNetwork(k, v, len(layers), **settings) for (v, k), layers in members.items()}
             )
 
     def of(self, layer: str) -> tuple[HyperNetwork, int]:
@@ -88,19 +98,19 @@ class FactReader:
     def __init__(
         self,
         lm: LanguageModel,  # the model to edit; it stays as it is
-        config: EditorConfig | None = None,  # the paper's if None
+        config: EditorConfig | None = None,  # `EditorConfig()` if None
     ):
         self.lm, self.config = lm, config or EditorConfig()
         self.networks = LayerNetworks(lm.shapes, self.config).to(lm.device)
 
     def parameters(self) -> list[nn.Parameter]:
-        "Everything the meta-gradient moves: weights of the networks, log eta and log lambda."
+        "Everything the meta-gradient moves: weights of the networks, eta (or its logarithm) and log lambda."
         return list(self.networks.parameters())
 
     def learning_rate(self, layer: str) -> Float[Tensor, ""]:
         "$\\eta_\\ell$"
         network, index = self.networks.of(layer)
-        return network.log_learning_rate[index].exp()
+        return network.learning_rates[index]
 
     def regularization(self, layer: str) -> Float[Tensor, ""]:
         "$\\lambda_\\ell$"
@@ -166,7 +176,7 @@ class Editor(FactReader):
 
     needs: ClassVar[Needs] = Needs(training=True)
     gives: ClassVar[type[StoredEdit]] = WeightShift
-    paper_config: ClassVar[EditorConfig] = EditorConfig()
+    paper_config: ClassVar[EditorConfig] = EditorConfig.paper()
 
     def outputs(self, layer: str, cached: KeysAndGradients) -> Tensor:
         "What a chunk of tokens contributes, differentiable in the hyper-network's parameters."
@@ -190,7 +200,7 @@ class Editor(FactReader):
     def of(
         cls: type[E],
         lm: LanguageModel,  # wrapped with the layers to edit
-        config: EditorConfig | None = None,  # the paper's if None
+        config: EditorConfig | None = None,  # `EditorConfig()` if None
         corpus: Sequence[str] = (),  # not read
         cache: str | Path | None = None,  # not used
         progress: bool = False,
@@ -385,11 +395,13 @@ def described(
 def _weights(directory: Path, shapes: Mapping[str, tuple[int, int]], config: EditorConfig) -> dict[str, Tensor]:
     "The weights in a folder, if there are as many blocks of as much rank as its description says."
     weights, _ = read_tensors(directory / WEIGHTS)
-    ranks = [tuple(weight.shape[:1]) for name, weight in weights.items() if name.endswith(".down")]
-    if len(ranks) != config.blocks * len({tuple(shape) for shape in shapes.values()}):
-        raise FileError(f"it has {len(ranks)} blocks in all, {config.blocks} a network are described")
-    if any(rank != (config.rank,) for rank in ranks):
-        raise FileError(f"its blocks are not of rank {config.rank}, which is described")
+    found = {name: tuple(weight.shape[:1]) for name, weight in weights.items() if name.endswith(".down")}
+    networks = {f"{v}x{k}": config.rank or rank_of(k, v) for v, k in shapes.values()}
+    if len(found) != config.blocks * len(networks):
+        raise FileError(f"it has {len(found)} blocks in all, {config.blocks} a network are described")
+    for name, rank in found.items():
+        if (wanted := networks.get(name.split(".")[0])) is not None and rank != (wanted,):
+            raise FileError(f"its blocks are not of rank {wanted}, which is described")
     return weights
 
 # %% ../nbs/10_editors.ipynb #66a8ef62

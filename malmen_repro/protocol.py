@@ -70,7 +70,7 @@ class AnyEditor(Protocol):
     def of(
         cls,
         lm: LanguageModel,  # wrapped with any layers
-        config: Any = None,  # `paper_config` if None
+        config: Any = None,  # None for the editor's own, which is `paper_config` for all that need no training
         corpus: Sequence[str] = (),  # ordinary text, if the editor needs it
         cache: str | Path | None = None,  # folder for what is costly to make anew, such as key statistics
         progress: bool = False,  # show bars

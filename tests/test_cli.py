@@ -127,11 +127,34 @@ def test_defaults():
     assert args.seeds is args.ms is args.methods is None
 
 
-def test_train_defaults_are_the_papers():
+@pytest.mark.parametrize(("setting", "editor", "training"), [
+    ("tuned", EditorConfig(), TrainingConfig(lm_batch_size=32)),
+    ("paper", EditorConfig.paper(), TrainingConfig.paper(lm_batch_size=32)),
+])
+def test_the_settings_of_train_are_those_of_their_name(setting, editor, training):
+    args = cli.parser().parse_args(f"train --model m --facts f --out o --setting {setting}".split())
+    assert cli.settings_of(args) == (editor, training)
+
+
+def test_tuned_is_what_train_does_without_flags():
     args = cli.parser().parse_args("train --model m --facts f --out o".split())
-    editor, training = EditorConfig(), TrainingConfig()
-    assert (args.rank, args.blocks, args.learning_rate) == (editor.rank, editor.blocks, editor.learning_rate)
-    assert (args.meta_learning_rate, args.locality) == (training.meta_learning_rate, training.locality_coefficient)
+    assert args.setting == "tuned" and cli.settings_of(args)[0] == EditorConfig()
+
+
+def test_an_option_replaces_what_the_setting_has():
+    line = "train --model m --facts f --out o --setting paper --rank 7 --no-plain-learning-rate --warmup 3 --locality 2"
+    editor, training = cli.settings_of(cli.parser().parse_args(line.split()))
+    assert editor == EditorConfig.paper(rank=7, plain_learning_rate=False)
+    assert training == TrainingConfig.paper(warmup=3, locality_coefficient=2.0, lm_batch_size=32)
+
+
+@pytest.mark.parametrize(("options", "tuned"), [
+    ("", True), ("--learning-rate 0.1", False), ("--learning-rate 0.1 --tuned-start", True),
+    ("--no-tuned-start", False),
+])
+def test_a_rate_to_start_at_is_taken_at_its_word(options, tuned):
+    args = cli.parser().parse_args(f"train --model m --facts f --out o {options}".split())
+    assert cli.settings_of(args)[1].tuned_start is tuned
 
 
 # --- train, edit, evaluate

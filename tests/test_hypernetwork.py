@@ -277,8 +277,8 @@ def test_the_number_of_parameters(d, v, layers, rank, blocks):
 
 def test_the_papers_defaults():
     with torch.device("meta"):
-        net = HyperNetwork(3072, 768, 6)
-    assert len(net.blocks) == 2 and net.blocks[0].down.shape == (1920, 3840)
+        net = HyperNetwork(16384, 4096, 6)
+    assert len(net.blocks) == 2 and net.blocks[0].down.shape == (1920, 20480)
     small = network()
     torch.testing.assert_close(small.log_learning_rate.exp(), torch.full((3,), 1e-6))
     torch.testing.assert_close(small.log_regularization.exp(), torch.ones(3))

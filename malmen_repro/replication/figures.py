@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAPER_MEASURES', 'MEASURES_OF_CASES', 'PALETTE', 'MARKERS', 'BROKEN', 'METHOD_LOOKS', 'ROW_NAMES', 'OWN_WAY',
-           'SHOWN_AS', 'in_order', 'scaling_points', 'mean_and_spread', 'shown', 'spread_note', 'scaling_table',
-           'compare_tables', 'figure_title', 'save_figure', 'panels', 'draw_scaling', 'legend_below',
-           'logarithmic_axis', 'per_cent_axis', 'variants_table', 'mean_of', 'residual_points', 'residual_table',
-           'draw_residuals', 'time_table', 'sequence_points', 'sequence_table', 'draw_sequences', 'failure_table',
-           'case_points', 'case_table', 'case_note', 'draw_cases', 'draw_mixtures', 'table_of', 'draw',
-           'committed_figure', 'mean_at']
+           'FACTOR_COLOURS', 'WATCHED', 'SHOWN_AS', 'in_order', 'scaling_points', 'mean_and_spread', 'shown',
+           'spread_note', 'scaling_table', 'compare_tables', 'figure_title', 'save_figure', 'panels', 'draw_scaling',
+           'legend_below', 'logarithmic_axis', 'per_cent_axis', 'variants_table', 'mean_of', 'residual_points',
+           'residual_table', 'draw_residuals', 'time_table', 'sequence_points', 'sequence_table', 'draw_sequences',
+           'failure_table', 'case_points', 'case_table', 'case_note', 'draw_cases', 'draw_mixtures', 'training_curves',
+           'training_look', 'draw_trainings', 'training_table', 'table_of', 'draw', 'committed_figure', 'mean_at']
 
 # %% ../../nbs/replication/46_figures.ipynb #4dcb2d0d
 import math
@@ -25,7 +25,7 @@ from ..facts import optional
 from ..files import replacing
 from .bench_settings import MIXTURES
 from .extra_measures import pooled_means
-from .plans import EXPERIMENTS, METHODS
+from .plans import EXPERIMENTS, FACTORS, METHODS
 from .records import RecordError, committed_records, read_records
 
 # %% ../../nbs/replication/46_figures.ipynb #919b9b40
@@ -139,13 +139,13 @@ def _place(point: dict[str, Any]) -> tuple[str, int, str]:
 # %% ../../nbs/replication/46_figures.ipynb #6dfe5eab
 # Colours that colour-blind readers tell apart too.
 PALETTE = {
-    "MALMEN": "#0072b2", "MEND": "#d55e00", "FT": "#009e73", "MALMEN untrained": "#56b4e9",
+    "MALMEN": "#0072b2", "MEND": "#d55e00", "FT": "#009e73", "FT, tuned": "#7fcf5f", "MALMEN untrained": "#56b4e9",
     "MALMEN, accumulated": "#003f66", "MEMIT": "#cc79a7", "ROME": "#882255", "CoachHooK": "#332211",
     "FT-W": "#666666", "FT-L": "#a0522d", "FT-M": "#c00000", "LoRA": "#ddaa33",
 }
 MARKERS = {
-    "MALMEN": "o", "MEND": "s", "FT": "D", "MALMEN untrained": "^", "MALMEN, accumulated": "h", "MEMIT": "v",
-    "ROME": "<", "CoachHooK": ">", "FT-W": "P", "FT-L": "p", "FT-M": "8", "LoRA": "*",
+    "MALMEN": "o", "MEND": "s", "FT": "D", "FT, tuned": "d", "MALMEN untrained": "^", "MALMEN, accumulated": "h",
+    "MEMIT": "v", "ROME": "<", "CoachHooK": ">", "FT-W": "P", "FT-L": "p", "FT-M": "8", "LoRA": "*",
 }
 # FT-M's curve often lies on FT-W's, CoachHooK's on MEMIT's: broken, with a large hollow marker, so that both are seen.
 BROKEN = {"linestyle": "-.", "markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.2}
@@ -194,6 +194,7 @@ def panels(
     path: str | Path | None = None,  # where to write, without suffix; None to write nothing
     note: str = "",  # a second line of the title
     sharey: bool = False,
+    xlabel: str = "",  # below the lowest row; empty for the number of facts
 ) -> Iterator[tuple[Any, Any]]:  # figure and grid of axes
     "A figure with its title, written when it is done. Raises `RecordError` if there is nothing to draw."
     sns = optional("seaborn", "replication")
@@ -208,7 +209,8 @@ def panels(
     experiment = EXPERIMENTS.get(records[0]["configuration"]["cell"]["experiment"])
     batch = experiment.batch if experiment else 0
     for ax in grid[-1]:
-        ax.set_xlabel(f"facts, edited in batches of {batch}" if batch else "facts edited at once, m")
+        facts = f"facts, edited in batches of {batch}" if batch else "facts edited at once, m"
+        ax.set_xlabel(xlabel or facts)
     figure.suptitle(figure_title(records) + (f"\n{note}" if note else ""), fontsize=10)
     if path is not None:
         save_figure(figure, path)
@@ -603,6 +605,72 @@ def draw_mixtures(
             row[0].set_ylabel("S, per cent")
     return figure
 
+# %% ../../nbs/replication/46_figures.ipynb #753f614d
+FACTOR_COLOURS = dict(zip(FACTORS, ("#d55e00", "#009e73", "#cc79a7", "#ddaa33"), strict=True))
+WATCHED = {"ES": "ES, held out", "GS": "GS, held out", "eta": "mean of η"}
+
+
+def training_curves(
+    records: Sequence[dict[str, Any]],  # of the experiment "training_settings"
+    measure: str,  # a key of `WATCHED`
+) -> dict[str, dict[int, float]]:  # method -> steps -> mean over seeds
+    "What was seen on the way."
+    found: dict[str, dict[int, list[float]]] = {}
+    for record in in_order(records):
+        for step in record["history"]:
+            if measure in step:
+                method = record["configuration"]["cell"]["method"]
+                found.setdefault(method, {}).setdefault(step["looked at"], []).append(step[measure])
+    return {name: {step: statistics.fmean(values) for step, values in by.items()} for name, by in found.items()}
+
+
+def training_look(
+    method: str,  # one of `TRAININGS`
+) -> dict[str, Any]:
+    "Its line: broken for one factor alone, thin for all but one, wide for the ends."
+    ends = {"MALMEN, paper": ("#0072b2", "-"), "MALMEN, tuned": ("black", "-")}
+    ends |= {"MALMEN, none of the four": ("grey", "-"), "MALMEN, paper at its rank": ("#56b4e9", "-")}
+    if method in ends:
+        colour, style = ends[method]
+        return {"color": colour, "linestyle": style, "linewidth": 2.5}
+    factor = next(name for name in FACTORS if method.endswith(name))
+    only = method.startswith("MALMEN, only")
+    return {"color": FACTOR_COLOURS[factor], "linestyle": "--" if only else "-", "linewidth": 1.2}
+
+
+def draw_trainings(
+    records: Sequence[dict[str, Any]],  # of the experiment "training_settings" at one tier
+    path: str | Path | None = None,  # where to write, without suffix: a PNG and an SVG; None to write nothing
+):  # a matplotlib figure
+    "ES and GS on held-out facts and the mean of eta, against the number of steps."
+    note = spread_note(scaling_points(records)).replace("mean ± standard deviation", "mean")
+    with panels(1, len(WATCHED), records, path, note, xlabel="meta-steps") as (figure, grid):
+        for ax, (measure, title) in zip(grid[0], WATCHED.items(), strict=True):
+            for method, by_step in training_curves(records, measure).items():
+                ax.plot(list(by_step), list(by_step.values()), label=method, **training_look(method))
+            ax.set_title(title)
+            ax.set_yscale("log") if measure == "eta" else per_cent_axis(ax)
+        legend_below(figure, grid[0])
+    return figure
+
+
+def training_table(
+    records: Sequence[dict[str, Any]],
+) -> str:  # markdown
+    "ES, GS and LS on evaluation facts after the last step, with the mean of eta and of lambda over layers and seeds."
+    points, rows = scaling_points(records), []
+    for p in points:
+        learned = (
+            mean_of(records, p, lambda r, name=name: statistics.fmean(x[name] for x in r["learned"].values()))
+            for name in ("learning_rate", "regularization")
+        )
+        seconds = mean_of(records, p, lambda record: record["seconds"]["training"])
+        scores = (shown(p, measure) for measure in PAPER_MEASURES)
+        rows.append([p["data_set"], p["num_facts"], p["method"], *scores, shown(p, "LS before"),
+                     *(f"{value:.2g}" for value in learned), f"{seconds:.0f} s", p["seeds"]])
+    header = ["set", "m", "training", *PAPER_MEASURES, "LS before", "η", "λ", "time", "seeds"]
+    return f"{markdown_table(header, rows)}\n\nPer cent, {spread_note(points)}." if points else "There are no records."
+
 # %% ../../nbs/replication/46_figures.ipynb #aa2428bb
 SHOWN_AS: dict[str, tuple[Callable[..., str], Callable[..., Any] | None]] = {  # table, picture
     "curve": (scaling_table, draw_scaling),
@@ -613,6 +681,7 @@ SHOWN_AS: dict[str, tuple[Callable[..., str], Callable[..., Any] | None]] = {  #
     "cases": (case_table, draw_cases),
     "mixtures": (case_table, draw_mixtures),
     "cases table": (case_table, None),
+    "trainings": (training_table, draw_trainings),
 }
 
 

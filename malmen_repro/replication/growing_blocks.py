@@ -7,14 +7,11 @@ __all__ = ['FOLDER', 'GROWN', 'LAID', 'OTHER_STARTS', 'history_of', 'loss_ratio'
            'grown_decoder', 'seeded', 'about', 'learning_rate_starts', 'scores_of_mend', 'other_starts']
 
 # %% ../../nbs/replication/52_growing_blocks.ipynb #a579b7c0
-import math
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
-
-import torch
 
 from ..editors import Editor, EditorConfig
 from ..evaluation import evaluate, plain
@@ -165,7 +162,7 @@ def other_starts(
         editor = METHODS["MEND"].editor(bench.lm, editing)
         own = tune_learning_rate(editor, bench.train_facts, training)  # the normalisers see the block, as in the figure
         for network in editor.networks.values():
-            torch.nn.init.constant_(network.log_learning_rate, math.log(start))
+            network.start_at(start)
         editor.train(bench.train_facts, config=replace(training, tuned_start=False), progress=False)
         row = {"seed": seed, "start": start, "own start": own}
         row |= {"scores": plain(scores_of_mend(editor, bench, seed, ms)), "learned": learned(editor)}

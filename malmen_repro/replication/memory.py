@@ -17,7 +17,7 @@ import sys
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,10 @@ from malmen_repro.replication.records import (
     git_state,
     hardware,
     model_size,
+    recorded,
     reset_peaks,
     resident_bytes,
+    revived,
     versions,
     weights_hash,
     write_record,
@@ -209,7 +211,7 @@ def memory_configuration(
         "cell": cell | {"num_facts": num_facts, "seed": seed, "tier": tier, "data_set": "random tokens"},
         "model": {"config": setting.model, "edited": setting.edited, "dtype": setting.dtype},
         "facts": {"prompt_tokens": setting.prompt_tokens, "answer_tokens": setting.answer_tokens},
-        "editor": asdict(EditorConfig(rank=setting.rank, seed=seed)),
+        "editor": recorded(EditorConfig(rank=setting.rank, seed=seed)),
         "training": {"lm_batch_size": setting.lm_batch_size, "network_batch_size": setting.network_batch_size},
         "limit_bytes": setting.limit_bytes,
     }
@@ -226,7 +228,7 @@ def random_editor(
         gpt2 = GPT2LMHeadModel(shape)
     gpt2 = gpt2.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, model["dtype"]))
     lm = LanguageModel(gpt2, word_tokenizer([]), last=model["edited"])  # no text is read
-    return EDITORS[cell["method"]](lm, EditorConfig(**configuration["editor"]))
+    return EDITORS[cell["method"]](lm, revived(EditorConfig, configuration["editor"]))
 
 
 def random_block(

@@ -328,7 +328,7 @@ def hyper_network_size(
 ) -> dict[str, int]:  # parameters, and bytes of weights, gradient and Adam's state
     "How large the hyper-networks of some layers are, counted on the meta device."
     with torch.device("meta"):
-        networks = LayerNetworks(shapes, config or EditorConfig())
+        networks = LayerNetworks(shapes, config or EditorConfig.paper())
     weights = [parameter.numel() for parameter in networks.parameters()]
     return {
         "parameters": sum(weights),
@@ -513,7 +513,7 @@ def layer_operations(
     training: bool = True,  # with the way back; else what an edit takes
 ) -> Counter:  # "float32", "float64", "factors": operations
     "Hyper-network and normal equation at one layer."
-    config, n, (v, k) = config or EditorConfig(), tokens, shape
+    config, n, (v, k) = config or EditorConfig.paper(), tokens, shape
     network = (16 * config.blocks - 2 if training else 4 * config.blocks) * n * config.rank * (k + v)
     if method == "MEND":
         return Counter({"float32": network + (8 if training else 2) * n * k * v})
@@ -650,8 +650,8 @@ class PlannedRun:
     seeds: int = 3
     layers: str = "second"  # of each FFN; see `feed_forward`
     which: str = "answer"  # tokens that are cached, or "all"
-    rank: int = EditorConfig().rank
-    blocks: int = EditorConfig().blocks
+    rank: int = EditorConfig.paper().rank
+    blocks: int = EditorConfig.paper().blocks
     critical: tuple[int, ...] = ()  # the blocks that MEMIT edits
 
 
@@ -689,7 +689,7 @@ def run_hours(
         layers = list(tuned_layers(name, model))
     else:
         layers = list(match_layers(model, feed_forward(model, run.layers), about.last))
-    config = EditorConfig(rank=run.rank, blocks=run.blocks)
+    config = EditorConfig.paper(rank=run.rank, blocks=run.blocks)
     options = {"method": run.method, "which": run.which, "config": config}
     step = step_operations(model, layers, run.num_facts, **options) if run.steps else {}
     scoring = scoring_operations(model, layers, run.num_facts, **options)
@@ -703,7 +703,7 @@ def run_memory(
 ) -> float | int:  # bytes
     "What a meta-step of a run holds, activations included."
     model = model or skeleton(name)
-    config = EditorConfig(rank=run.rank, blocks=run.blocks)
+    config = EditorConfig.paper(rank=run.rank, blocks=run.blocks)
     activations = activation_memory(model, list(edited_layers(name, model)))
     return cost(name, run.num_facts, config=config, which=run.which).training + activations
 
@@ -716,7 +716,7 @@ def run_disk(
     "The editors that a run leaves behind; FT and MEMIT leave none."
     if run.method in ("FT", "MEMIT"):
         return 0
-    config = EditorConfig(rank=run.rank, blocks=run.blocks)
+    config = EditorConfig.paper(rank=run.rank, blocks=run.blocks)
     return run.seeds * hyper_network_size(shapes_of(edited_layers(name, model)), config)["hyper-network"]
 
 # %% ../../nbs/replication/37_paper_models.ipynb #ef2e3601

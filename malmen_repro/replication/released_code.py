@@ -127,7 +127,7 @@ class Epsilon(MALMEN):
     def __init__(self, lm: LanguageModel, config: EditorConfig | None = None):
         super().__init__(lm, config)
         for network in self.networks.values():
-            layers = len(network.log_learning_rate)
+            layers = len(network.keys.count)
             network.keys = EpsilonMoments(layers, network.key_size, self.epsilon).to(lm.device)
             gradients = EpsilonMoments(layers, network.value_size, self.epsilon, self.share)
             network.gradients = gradients.to(lm.device)
