@@ -68,6 +68,15 @@ def failure_block(*, facts=10, unrelated=10, lost=0, either=0, wrong=0, same=0, 
     return {"edits": list(edits), "unrelated": list(gone), "counts": counts}
 
 
+def training_record(method, seed=0, *, looks=((15, 0.2, 1e-4), (30, 0.8, 1e-3)), rate=2e-3, regularization=1.0):
+    "A record of notebook 76: what was seen on the way, as (steps, ES, eta), and what was learned in two layers."
+    history = [{"step": 0, "generalization": 1.0}]
+    for steps, es, eta in looks:
+        history.append({"step": steps - 1, "looked at": steps, "ES": es, "GS": es / 2, "ES before": 0.1, "eta": eta})
+    learned = {name: {"learning_rate": rate, "regularization": regularization} for name in ("h0", "h1")}
+    return record(method, 64, seed, experiment="training_settings") | {"history": history, "learned": learned}
+
+
 def failure_record(*blocks, seed=0):
     "A record of Tables 4 and 5."
     return record("MALMEN", 64, seed, experiment="failures", extra={"failures": list(blocks)})

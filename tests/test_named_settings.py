@@ -212,6 +212,7 @@ def test_an_epoch_of_the_papers_moves_a_plain_rate_and_no_logarithm():
     assert ends[True] > 5e-5 and ends[False] == pytest.approx(1e-6, rel=2e-4)
 
 
+@pytest.mark.filterwarnings("ignore:the editor's eta is below zero")
 @pytest.mark.parametrize("config", [EditorConfig(rank=3), EditorConfig(rank=3, plain_learning_rate=True)])
 def test_a_second_training_keeps_the_rates_that_were_learned(config):
     editor = MALMEN(toy_model(), config)

@@ -139,13 +139,13 @@ def _place(point: dict[str, Any]) -> tuple[str, int, str]:
 # %% ../../nbs/replication/46_figures.ipynb #6dfe5eab
 # Colours that colour-blind readers tell apart too.
 PALETTE = {
-    "MALMEN": "#0072b2", "MEND": "#d55e00", "FT": "#009e73", "FT, tuned": "#7fcf5f", "MALMEN untrained": "#56b4e9",
+    "MALMEN": "#0072b2", "MEND": "#d55e00", "FT": "#009e73", "MALMEN untrained": "#56b4e9",
     "MALMEN, accumulated": "#003f66", "MEMIT": "#cc79a7", "ROME": "#882255", "CoachHooK": "#332211",
     "FT-W": "#666666", "FT-L": "#a0522d", "FT-M": "#c00000", "LoRA": "#ddaa33",
 }
 MARKERS = {
-    "MALMEN": "o", "MEND": "s", "FT": "D", "FT, tuned": "d", "MALMEN untrained": "^", "MALMEN, accumulated": "h",
-    "MEMIT": "v", "ROME": "<", "CoachHooK": ">", "FT-W": "P", "FT-L": "p", "FT-M": "8", "LoRA": "*",
+    "MALMEN": "o", "MEND": "s", "FT": "D", "MALMEN untrained": "^", "MALMEN, accumulated": "h", "MEMIT": "v",
+    "ROME": "<", "CoachHooK": ">", "FT-W": "P", "FT-L": "p", "FT-M": "8", "LoRA": "*",
 }
 # FT-M's curve often lies on FT-W's, CoachHooK's on MEMIT's: broken, with a large hollow marker, so that both are seen.
 BROKEN = {"linestyle": "-.", "markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.2}

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['UNCHANGED', 'LAMBDAS', 'MEMIT_VARIANTS', 'COACHHOOK_VARIANTS', 'FACTORS', 'TUNED_TRAINING', 'TRAININGS', 'METHODS',
-           'ALL_METHODS', 'MAIN_METHODS', 'BOTH_FT', 'SMALL_METHODS', 'SMALL_QUESTIONS', 'SMALL_DECODER',
-           'SMALL_STACKS', 'SMALL_CLAIMS', 'BASE_QUESTIONS', 'SCALING', 'CANCELLATION', 'SMALL_ABLATION', 'ABLATIONS',
-           'MEND_SETTING', 'FAILURE_CASES', 'CONSECUTIVE_METHODS', 'ALL_EDITORS', 'NOT_TINY', 'MEMIT_METHODS',
-           'SMALL_MEMIT_METHODS', 'FEW_MEMIT_METHODS', 'CASE_METHODS', 'FEW_CASE_METHODS', 'ON_REAL_FACTS',
-           'MEMIT_ABLATIONS', 'TABLE_METHODS', 'FEW_TABLE_METHODS', 'HOOK_METHODS', 'FEW_HOOK_METHODS',
-           'COACHHOOK_EXPERIMENTS', 'RELEASED_CODE', 'TRAINING', 'EXPERIMENTS', 'LEAST_STEPS', 'SETTINGS', 'SCHEMA',
-           'SettingsOf', 'Method', 'Cell', 'slug', 'Plan', 'trained_for', 'Experiment', 'ExperimentError',
-           'UnknownExperimentError', 'find_experiment', 'cells_of', 'whole_epochs', 'at', 'training_settings',
-           'EvaluationConfig', 'tuned_settings', 'altered', 'configuration']
+           'ALL_METHODS', 'MAIN_METHODS', 'SMALL_METHODS', 'SMALL_QUESTIONS', 'SMALL_DECODER', 'SMALL_STACKS',
+           'SMALL_CLAIMS', 'BASE_QUESTIONS', 'SCALING', 'CANCELLATION', 'SMALL_ABLATION', 'ABLATIONS', 'MEND_SETTING',
+           'FAILURE_CASES', 'CONSECUTIVE_METHODS', 'ALL_EDITORS', 'NOT_TINY', 'MEMIT_METHODS', 'SMALL_MEMIT_METHODS',
+           'FEW_MEMIT_METHODS', 'CASE_METHODS', 'FEW_CASE_METHODS', 'ON_REAL_FACTS', 'MEMIT_ABLATIONS', 'TABLE_METHODS',
+           'FEW_TABLE_METHODS', 'HOOK_METHODS', 'FEW_HOOK_METHODS', 'COACHHOOK_EXPERIMENTS', 'RELEASED_CODE',
+           'TRAINING_SETTINGS', 'EXPERIMENTS', 'LEAST_STEPS', 'SETTINGS', 'SCHEMA', 'SettingsOf', 'Method', 'Cell',
+           'slug', 'Plan', 'trained_for', 'Experiment', 'ExperimentError', 'UnknownExperimentError', 'find_experiment',
+           'cells_of', 'whole_epochs', 'at', 'training_settings', 'EvaluationConfig', 'altered', 'configuration']
 
 # %% ../../nbs/replication/44_plans.ipynb #9c30670e
 import json
@@ -32,7 +31,7 @@ from .bench_settings import MIXED
 from .benches import TRAIN_FACTS
 from .records import recorded
 from .released_code import VARIANTS
-from .tier_settings import READY, TUNED_FT, fitted, ready_settings
+from .tier_settings import READY, fitted, ready_settings
 from ..training import TrainingConfig
 
 # %% ../../nbs/replication/44_plans.ipynb #b133e4ac
@@ -48,7 +47,7 @@ class Method:
     trained_as: str = ""  # another method, whose training is the same and whose trained editor serves
     ready: str = ""  # the key of `READY` whose editor it is; its `changes` may reach into settings within settings
     may_fail: bool = False  # a breakdown is a result, and goes into the record
-    tuned: bool = False  # FT with the best setting of its tier and family, `TUNED_FT`
+
 
 # %% ../../nbs/replication/44_plans.ipynb #f04a69cc
 def _ready(name: str, **changes: Any) -> Method:
@@ -60,7 +59,6 @@ UNCHANGED: dict[str, Method] = {  # the editors as they are
     "MALMEN": Method(),
     "MEND": Method(MEND),
     "FT": _ready("FT"),
-    "FT, tuned": replace(_ready("FT"), tuned=True),
     "MALMEN untrained": Method(changes={"rank": 1, "blocks": 1}, trained=False),
     **{name: _ready(name) for name in READY if name != "FT"},
 }
@@ -126,9 +124,8 @@ METHODS: dict[str, Method] = {
     **{name: Method(*variant) for name, variant in VARIANTS.items()},
     **TRAININGS,
 }
-ALL_METHODS = tuple(name for name, method in UNCHANGED.items() if not method.tuned)
+ALL_METHODS = tuple(UNCHANGED)
 MAIN_METHODS = ("MALMEN", "MEND", "FT", "MALMEN untrained")  # of the scaling curves
-BOTH_FT = ("MALMEN", "MEND", "FT", "FT, tuned", "MALMEN untrained")  # the same, where the grid for FT was run
 SMALL_METHODS = (*MAIN_METHODS, "FT-W", "FT-M", "LoRA", "MEMIT", "CoachHooK")
 
 # %% ../../nbs/replication/44_plans.ipynb #a99d9fec
@@ -206,9 +203,8 @@ def _scaling(title: str, figure: str, family: str, paper: dict, small: Plan | No
     "One of Figs. 4 to 7."
     few, many = (16, 64), (16, 64, 256, 1024)
     data_set = "claims" if family == "classifier" else "world"
-    memit = ("MEMIT",) if family in ("decoder", "gptj") else ()  # it edits decoders
-    methods = (*MAIN_METHODS, *memit)
-    plans = {"tiny": Plan({data_set: few}, 1, (*BOTH_FT, *memit), full_num_facts={data_set: many})}
+    methods = (*MAIN_METHODS, "MEMIT") if family in ("decoder", "gptj") else MAIN_METHODS  # MEMIT edits decoders
+    plans = {"tiny": Plan({data_set: few}, 1, methods, full_num_facts={data_set: many})}
     if small is not None:
         plans["small"] = small
     plans["paper"] = Plan(paper, 3, methods)
@@ -326,10 +322,7 @@ ALL_EDITORS: dict[str, Experiment] = {
         "All editors on one model", "notebook 72", "subjects",
         "Every editor on the stand-in that recalls facts at their subject, against the number of facts edited at once.",
         {
-            "tiny": Plan(
-                {"world": (16,)}, 1, ALL_METHODS, full_num_facts={"world": (16, 30, 64, 256)},
-                full_methods=(*ALL_METHODS, "FT, tuned"),
-            ),
+            "tiny": Plan({"world": (16,)}, 1, ALL_METHODS, full_num_facts={"world": (16, 30, 64, 256)}),
         },
     ),
     "consecutive": Experiment(
@@ -461,7 +454,7 @@ RELEASED_CODE: dict[str, Experiment] = {
         shown_as="variants",
     ),
 }
-TRAINING: dict[str, Experiment] = {
+TRAINING_SETTINGS: dict[str, Experiment] = {
     "training_settings": Experiment(
         "The paper's training and ours", "notebook 76", "decoder",
         "MALMEN trained as the paper says, as this project does by default, and with one difference at a time.",
@@ -477,7 +470,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     **ALL_EDITORS,
     **ON_REAL_FACTS, **MEMIT_ABLATIONS,  # MEMIT's paper
     **COACHHOOK_EXPERIMENTS,
-    **RELEASED_CODE, **TRAINING,
+    **RELEASED_CODE, **TRAINING_SETTINGS,
 }
 
 # %% ../../nbs/replication/44_plans.ipynb #82c74d6f
@@ -613,16 +606,6 @@ class EvaluationConfig:
 SettingsOf = Callable[[str, str, int], tuple[Any, TrainingConfig | None]]  # of tier, method, m
 
 
-def tuned_settings(
-    tier: str,
-    family: str,  # of the language model
-) -> dict[str, Any]:  # fields of FineTuningConfig
-    "What the grid found. Raises `ExperimentError` where none was run."
-    if (tier, family) not in TUNED_FT:
-        raise ExperimentError(f"FT was not tuned at the {tier} tier on {family!r}; notebook 41 has the grid")
-    return TUNED_FT[tier, family]
-
-
 def altered(
     settings: Any,  # a dataclass
     changes: dict[str, Any],  # of its fields; a dictionary changes settings within settings
@@ -640,11 +623,10 @@ def configuration(
     "All that decides a cell's result and is known before it runs."
     editor, training = settings(cell.tier, cell.method, cell.train_num_facts)
     about, editor = METHODS[cell.method], fitted(editor, cell.seed, cell.tier, cell.family)
-    changes = about.changes | (tuned_settings(cell.tier, cell.family) if about.tuned else {})
     asked = {
         "schema": SCHEMA,
         "cell": asdict(cell),
-        "editor": recorded(altered(editor, changes) if about.ready else editor),
+        "editor": recorded(altered(editor, about.changes) if about.ready else editor),
         "training": recorded(replace(training, seed=cell.seed)) if training else {},
         "evaluation": asdict(evaluation or EvaluationConfig()),
     }

@@ -49,10 +49,13 @@ from malmen_repro.replication.figures import (
     shown,
     spread_note,
     table_of,
+    training_curves,
+    training_look,
+    training_table,
     variants_table,
 )
 from malmen_repro.replication.memory import draw_memory
-from malmen_repro.replication.plans import EXPERIMENTS, METHODS
+from malmen_repro.replication.plans import EXPERIMENTS, FACTORS, METHODS, TRAININGS
 from malmen_repro.replication.procedures import draw_architectures, draw_concatenated, draw_split
 from malmen_repro.replication.records import RecordError, committed_records, read_records
 from tests.handmade import (
@@ -64,6 +67,7 @@ from tests.handmade import (
     record,
     residual_record,
     sequence_record,
+    training_record,
     write,
 )
 
@@ -522,6 +526,28 @@ def test_save_figure_returns_what_it_wrote(tmp_path):
     assert save_figure(Figure(), tmp_path / "a" / "b") == [tmp_path / "a" / "b.png", tmp_path / "a" / "b.svg"]
 
 
+# --- trainings, step by step
+
+
+def test_what_was_seen_on_the_way_is_a_mean_over_seeds():
+    looks = [((15, es, 1e-4), (30, 2 * es, 3e-4)) for es in (0.2, 0.4)]
+    made = [training_record("MALMEN, paper", seed, looks=seen) for seed, seen in enumerate(looks)]
+    assert training_curves(made, "ES") == {"MALMEN, paper": {15: pytest.approx(0.3), 30: pytest.approx(0.6)}}
+    assert training_curves(made, "eta")["MALMEN, paper"] == {15: pytest.approx(1e-4), 30: pytest.approx(3e-4)}
+
+
+def test_a_training_has_its_rates_in_the_table():
+    (row,) = rows_of(training_table([training_record("MALMEN, paper", rate=1.25e-3, regularization=0.5)]))
+    assert row[2] == "MALMEN, paper" and row[7:9] == ["0.0013", "0.5"]
+
+
+def test_trainings_are_told_apart():
+    looks = [tuple(sorted(training_look(method).items())) for method in TRAININGS]
+    assert len(set(looks)) == len(TRAININGS)
+    broken_lines = {method for method in TRAININGS if training_look(method)["linestyle"] == "--"}
+    assert broken_lines == {f"MALMEN, only {name}" for name in FACTORS}
+
+
 # --- an experiment's own table and picture
 
 
@@ -534,6 +560,7 @@ MADE = {
     "cases": lambda name: [case_record(m=m, experiment=name) for m in (16, 64)],
     "cases table": lambda name: [case_record(experiment=name)],
     "mixtures": lambda name: mixture(MIXED),
+    "trainings": lambda name: [training_record(method) for method in TRAININGS],
 }
 
 
