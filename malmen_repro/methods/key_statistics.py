@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import MalmenError, check_values, optional_rule, quoted, whole
 from ..facts import cache_folder
 from ..files import FileError, parse_json
-from ..keys_and_gradients import by_row
+from ..keys_and_gradients import at_least_float32, by_row
 from malmen_repro.language_models import (
     EncodedPair,
     LanguageModel,
@@ -191,9 +191,10 @@ class KeyStatistics:
         self,
         path: str | Path,  # where to; its folder is made if it is not there
     ) -> Path:  # where to
-        "Write a safetensors file (float32), the provenance in its header. Raises `FileError`."
+        "Write a safetensors file (float32, or float64 of a float64 model), the provenance in its header."
         header = {"format": _FORMAT, "tokens": str(self.tokens), "provenance": json.dumps(self.provenance)}
-        return write_tensors(path, {name: m.float() for name, m in self.second_moments.items()}, header)
+        dtype = _file_precision(self.provenance)
+        return write_tensors(path, {name: m.to(dtype) for name, m in self.second_moments.items()}, header)
 
     @classmethod
     def load(
@@ -205,6 +206,13 @@ class KeyStatistics:
 
 
 _FORMAT = "malmen-repro key statistics"
+
+
+def _file_precision(provenance: dict) -> torch.dtype:
+    "What second moments are written in: float32, or float64 if the model's weights are that fine."
+    model = provenance.get("language_model")
+    weights = model.get("weights") if isinstance(model, dict) else None
+    return torch.float64 if isinstance(weights, dict) and "float64" in weights else torch.float32
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], int, dict]:
@@ -266,7 +274,8 @@ def key_statistics(
     for batch in text_batches(lm, noted(texts), batch_size, length):
         counts["tokens"] += int(batch.answer_mask.sum())
         for name, keys in keys_of(lm, batch).items():
-            sums[name] += keys.float().T @ keys.float()
+            keys = at_least_float32(keys)
+            sums[name] += keys.T @ keys
     if not counts["tokens"]:
         raise EmptyCorpusError(f"the corpus has {counts['texts']} texts and no token: statistics need ordinary text")
     moments = {name: total / counts["tokens"] for name, total in sums.items()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SubjectError', 'NonFiniteTargetError', 'subject_span', 'subject_end', 'own_subject', 'covering_tokens',
            'subject_tokens', 'block_of', 'BlockOutput', 'block_output', 'resumed_after', 'random_prefixes',
-           'TargetConfig', 'Targets', 'prefixed', 'first_answers', 'target_vectors']
+           'TargetConfig', 'Targets', 'prefixed', 'one_a_row', 'first_answers', 'target_vectors']
 
 # %% ../../nbs/methods/23_target_vectors.ipynb #97c3ea1f
 import difflib
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import SEED, a_text, check_settings, check_values, each, number, quoted, whole, worded
+from ..errors import SEED, a_text, check_settings, check_values, each, number, one_of, quoted, whole, worded
 from ..facts import Fact, MalmenError
 from ..keys_and_gradients import at_least_float32
 from ..language_models import LanguageModel, LayerPatternError, TokenBatch, gathered, outside_inference_mode
@@ -210,26 +210,39 @@ def random_prefixes(
     return ["", *(" ".join(text.split()) for text in texts)]
 
 # %% ../../nbs/methods/23_target_vectors.ipynb #00cc399d
+_FORMS = {  # of the terms of the loss: as the text has them, or by default reads; then as the released code has them
+    "answer_loss": one_of("sum", "token mean"),
+    "decay_on": one_of("squared length", "length"),
+    "kl_direction": one_of("before || after", "after || before"),
+    "kl_at": one_of("end", "subject"),
+}
+
+
 @dataclass(frozen=True)
 class TargetConfig:
-    "How target vectors are searched; the defaults are MEMIT's for GPT-J (B.4), where it says so, else ROME's (B.3)."
+    "How target vectors are searched; numbers are by default MEMIT's for GPT-J (B.4), where it says so, else ROME's."
 
     steps: int = 25
     learning_rate: float = 0.5  # of Adam
     kl_factor: float = 0.0625
-    weight_decay: float = 0.5  # times |delta|^2 / |h|^2
+    weight_decay: float = 0.5  # times what `decay_on` says
     clamp: float = 0.75  # the largest |delta| / |h|; 0 for none
-    stop_loss: float = 0.05  # nats of -log p(o), mean over prefixes; 0 for never. Not in the text
+    stop_loss: float = 0.05  # nats of what `answer_loss` says, mean over prefixes; 0 for never. Not in the text
     prefix_lengths: tuple[int, ...] | list[int] = (5,) * 10 + (10,) * 10  # tokens of each x_j, beside the empty one
     separator: str = ". "  # between x_j and the prompt
     essence: str = "{} is a"  # the prompt of the KL term
     seed: int = 0  # of the prefixes
+    answer_loss: str = "sum"  # over an answer's tokens, Eq. 16; or "token mean", as the released code
+    decay_on: str = "squared length"  # |delta|^2 / |h|^2; or "length", |delta| / |h|^2, as the released code
+    kl_direction: str = "before || after"  # or "after || before", as the released code
+    kl_at: str = "end"  # what comes after the essence; or "subject", after the subject in it, as the released code
 
     def __post_init__(self):
         numbers = {name: number(0) for name in ("kl_factor", "weight_decay", "clamp", "stop_loss")}
         numbers |= {"learning_rate": number(above=0), "steps": whole(1, 10**6), "seed": SEED}
         lengths = worded(each(whole(1, 2**16)), "a list of lengths, each at least 1 token")
-        check_settings(self, EditorError, **numbers, prefix_lengths=lengths, separator=a_text(), essence=a_text("{}"))
+        texts = {"prefix_lengths": lengths, "separator": a_text(), "essence": a_text("{}")}
+        check_settings(self, EditorError, **numbers, **texts, **_FORMS)
         object.__setattr__(self, "prefix_lengths", tuple(self.prefix_lengths))  # JSON knows no tuples
 
 
@@ -285,13 +298,14 @@ class _Search:
         subjects = [own_subject(fact) for fact in facts]
         essences = [config.essence.format(subject) for subject in subjects]
         ends = [config.essence.index("{}") + len(subject) for subject in subjects]
-        # Only the last position of "s is a" is looked at, and the answer behind it is not read.
+        # Only one position of "s is a" is looked at, and the answer behind it is not read.
         self.known = _rows(lm, essences, ends, [fact.answer.split()[0] for fact in facts], list(range(len(facts))))
         outputs = [block_output(lm, block, rows.batch) for rows in (self.asked, self.known)]
         self.states, self.as_tuple = [output.states for output in outputs], outputs[0].as_tuple
         firsts = torch.arange(len(facts), device=lm.device) * each  # the bare prompts
         self.hidden = at_least_float32(self.states[0][firsts, self.asked.subjects[firsts]])
-        self.first_mask = first_answers(self.known.batch)
+        at_end, at_subject = first_answers(self.known.batch), one_a_row(self.known.batch, self.known.subjects)
+        self.known_mask = at_end if config.kl_at == "end" else at_subject
         with torch.no_grad():
             self.before = self.essence_log_probabilities(torch.zeros_like(self.hidden))
 
@@ -305,18 +319,37 @@ class _Search:
             return at_least_float32(run_model(self.lm, **rows.batch.inputs).logits)
 
     def essence_log_probabilities(self, delta: Float[Tensor, "facts width"]) -> Float[Tensor, "facts vocabulary"]:
-        "What comes after the essence."
-        return self.logits(1, self.known, delta, self.first_mask).log_softmax(-1)
+        "What comes after the essence, or after the subject in it."
+        return self.logits(1, self.known, delta, self.known_mask).log_softmax(-1)
 
-    def losses(self, delta: Float[Tensor, "facts width"]) -> tuple[Tensor, Tensor]:
-        "For each fact, -log p(o) as a mean over prefixes, and the whole of what is minimised."
+    def answer_losses(
+        self,
+        delta: Float[Tensor, "facts width"],
+        form: str,  # `TargetConfig.answer_loss`
+    ) -> Float[Tensor, " facts"]:  # nats, mean over prefixes
+        "-log p(o), or a token's share of it."
         batch, rows = self.asked.batch, self.asked.facts
         tokens = F.cross_entropy(self.logits(0, self.asked, delta, batch.answer_mask), batch.labels, reduction="none")
-        wrong = delta.new_zeros(len(delta)).index_add(0, rows[batch.rows], tokens) / rows.bincount()
+        if form == "token mean":
+            tokens = tokens / batch.rows.bincount()[batch.rows]
+        return delta.new_zeros(len(delta)).index_add(0, rows[batch.rows], tokens) / rows.bincount()
+
+    def divergences(self, delta: Float[Tensor, "facts width"]) -> Float[Tensor, " facts"]:
+        "How far what is said of each subject has moved, in nats."
         after = self.essence_log_probabilities(delta)
-        moved = F.kl_div(after, self.before, log_target=True, reduction="none").sum(-1)
-        long = delta.square().sum(-1) / self.hidden.square().sum(-1)
-        return wrong, wrong + self.config.kl_factor * moved + self.config.weight_decay * long
+        p, q = (self.before, after) if self.config.kl_direction == "before || after" else (after, self.before)
+        return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)  # KL(p || q)
+
+    def lengths(self, delta: Float[Tensor, "facts width"]) -> Float[Tensor, " facts"]:
+        "What weight decay falls on."
+        long = delta.square().sum(-1) if self.config.decay_on == "squared length" else delta.norm(dim=-1)
+        return long / self.hidden.square().sum(-1)
+
+    def losses(self, delta: Float[Tensor, "facts width"]) -> tuple[Tensor, Tensor]:
+        "For each fact, the answer's loss, and the whole of what is minimised."
+        wrong = self.answer_losses(delta, self.config.answer_loss)
+        others = self.config.kl_factor * self.divergences(delta), self.config.weight_decay * self.lengths(delta)
+        return wrong, wrong + others[0] + others[1]
 
     def run(self) -> tuple[Float[Tensor, "facts width"], Float[Tensor, " facts"]]:
         "Delta, and -log p(o) with it."
@@ -337,14 +370,23 @@ class _Search:
                     delta.mul_((most / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1))
                 delta.copy_(torch.where(going[:, None], delta, stays))
         with torch.no_grad():
-            return delta.detach(), self.losses(delta)[0]
+            return delta.detach(), self.answer_losses(delta, "sum")
+
+
+def one_a_row(
+    batch: TokenBatch,
+    positions: Int[Tensor, " batch"],  # one of each row
+) -> Bool[Tensor, "batch length"]:
+    "A mask that is true at these positions only."
+    mask = torch.zeros_like(batch.answer_mask)
+    mask[torch.arange(len(mask)), positions] = True
+    return mask
 
 
 def first_answers(batch: TokenBatch) -> Bool[Tensor, "batch length"]:
     "Of each row only the first position that outputs the answer."
-    mask = torch.zeros_like(batch.answer_mask)
-    mask[torch.arange(len(mask)), batch.answer_mask.int().argmax(-1)] = True
-    return mask
+    return one_a_row(batch, batch.answer_mask.int().argmax(-1))
+
 
 # %% ../../nbs/methods/23_target_vectors.ipynb #a4fb3460
 @outside_inference_mode

@@ -198,7 +198,11 @@ def hook_use(
         "unrelated": [fact.unrelated_pair for fact in block if fact.unrelated_pair],
     }
     with edit.applied(editor.lm):
-        scores = {kind: row_scores(editor.lm, pairs, edit.shifts, batch_size) for kind, pairs in kinds.items() if pairs}
+        scores = {
+            kind: row_scores(editor.lm, pairs, edit.shifts, batch_size, edit.scoring)
+            for kind, pairs in kinds.items()
+            if pairs
+        }
     found: dict[str, Any] = {
         kind: {layer: _passed(rows, edit.thresholds[layer]) for layer, rows in layers.items()}
         for kind, layers in scores.items()

@@ -6,7 +6,8 @@
 __all__ = ['UNTUNED', 'SHARED_RATE', 'VARIANTS', 'UnbiasedMoments', 'in_chunks', 'InflatedVariance', 'EpsilonMoments', 'Epsilon',
            'EpsilonAtSpread', 'landed', 'HalfPrecisionWeights', 'LandedLeastSquares', 'HalfPrecisionSmallShifts',
            'TokenMean', 'TokenMeanEditedSingly', 'FixedRegularization', 'PlainRate', 'PlainRateTenfold',
-           'OuterScaleBlock', 'OuterScale', 'VariantError', 'Variant', 'varied']
+           'OuterScaleBlock', 'OuterScale', 'VariantError', 'Variant', 'varied', 'token_mean_meta_loss', 'moving',
+           'MovingTokensMEND', 'MovingTokens']
 
 # %% ../../nbs/replication/43_released_code.ipynb #71da24a3
 import math
@@ -18,12 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..editors import EDITORS, MALMEN, EditorConfig, LeastSquares
+from ..editors import EDITORS, MALMEN, MEND, EditorConfig, LeastSquares
 from ..facts import MalmenError, check_facts, near_misses
 from ..hypernetwork import LowRankBlock, RunningMoments
 from ..keys_and_gradients import KeysAndGradients, capture
 from ..language_models import LanguageModel, weight_view
-from ..training import TrainingConfig
+from ..training import Block, TrainingConfig, meta_loss_terms
 
 # %% ../../nbs/replication/43_released_code.ipynb #acfb2ef7
 class UnbiasedMoments(RunningMoments):
@@ -344,3 +345,46 @@ def varied(
         raise VariantError(f"there is no variant {name!r}; {near_misses(name, VARIANTS)}")
     kind, ours, theirs = VARIANTS[name]
     return kind, replace(editor, **ours), replace(training, **theirs)
+
+# %% ../../nbs/replication/43_released_code.ipynb #49ddf4e3
+def token_mean_meta_loss(
+    lm: LanguageModel,  # the frozen model
+    shifts: dict[str, Tensor],  # layer -> S; leaves, if gradients are wanted
+    block: Block,  # its equivalent and unrelated tuples are read
+    locality_coefficient: float,  # lambda_loc
+    batch_size: int,  # rows in the language model at once: the loss depends on it
+) -> Iterator[tuple[str, Float[Tensor, ""]]]:  # as `meta_loss_terms`
+    "Eq. 1 as the released code has it: the mean over each micro-batch's tokens, in terms that are added up."
+    pairs = {"generalization": block.equivalent, "locality": block.unrelated}
+    tokens = {name: [len(b.labels) for b in lm.batches(some, batch_size)] for name, some in pairs.items()}
+    for name, term in meta_loss_terms(lm, shifts, block, locality_coefficient, batch_size):
+        yield name, term * (len(pairs[name]) / tokens[name].pop(0))
+
+# %% ../../nbs/replication/43_released_code.ipynb #6a250a40
+def moving(
+    cached: KeysAndGradients,  # tokens of one layer
+) -> KeysAndGradients:
+    "The tokens that a gradient came back to."
+    kept = cached.value_gradients.ne(0).any(-1)
+    return KeysAndGradients(cached.keys[kept], cached.value_gradients[kept])
+
+
+class _MovingOnly:
+    "Mixed into an editor: it never sees a token without a gradient."
+
+    def captured(self, pairs, batch_size, progress=False):
+        "Keys and value gradients of the tokens that have one."
+        for part in super().captured(pairs, batch_size, progress):
+            yield {layer: moving(tokens) for layer, tokens in part.items()}
+
+
+class MovingTokensMEND(_MovingOnly, MEND):
+    "MEND as its released code has it, if `EditorConfig.tokens` is \"all\"."
+
+    method = "MEND (moving tokens)"
+
+
+class MovingTokens(_MovingOnly, MALMEN):
+    "The same for MALMEN."
+
+    method = "MALMEN (moving tokens)"

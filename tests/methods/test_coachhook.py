@@ -1,6 +1,7 @@
 "CoachHooK: MEMIT in its first batch, one least-squares problem over all, hook layers that leave other tokens alone."
 
 import copy
+import json
 import math
 from dataclasses import asdict, replace
 
@@ -11,19 +12,31 @@ from malmen_repro.consecutive import ConsecutiveRunError
 from malmen_repro.evaluation import answer_predictions, evaluate
 from malmen_repro.facts import Fact, NoFactsError
 from malmen_repro.methods.coachhook import (
+    COACHHOOK_CODE,
+    COACHHOOK_TEXT,
     CoachHooK,
     CoachHooKConfig,
     HookedShift,
     HookedShiftError,
+    Scoring,
     hook_layers,
     row_scores,
     z_scores,
 )
 from malmen_repro.methods.key_statistics import KeyStatisticsMismatchError, key_statistics
-from malmen_repro.methods.memit import MEMIT, ROME, MEMITConfig, SubjectRows, at_subjects, memory_update
+from malmen_repro.methods.memit import (
+    MEMIT,
+    MEMIT_CODE,
+    MEMIT_TEXT,
+    ROME,
+    MEMITConfig,
+    SubjectRows,
+    at_subjects,
+    memory_update,
+)
 from malmen_repro.methods.target_vectors import SubjectError, random_prefixes, subject_end, subject_tokens
 from malmen_repro.protocol import EditorError, load_edit
-from malmen_repro.weight_shifts import WeightShift, WeightShiftError, overlaid
+from malmen_repro.weight_shifts import WeightShift, WeightShiftError, overlaid, read_tensors, write_tensors
 from tests.methods.test_memit import CONFIG, LOWER, TEXTS
 from tests.methods.test_target_vectors import DECODERS, QUICK
 from tests.toy import toy_facts as facts
@@ -68,6 +81,26 @@ def test_no_score_exceeds_the_bound(n):
     assert math.isclose(z_scores(norms, torch.ones(1, n).bool()).max().item(), math.sqrt(n - 1), rel_tol=1e-5)
     torch.manual_seed(n)
     assert z_scores(torch.rand(200, n), torch.ones(200, n).bool()).max() <= math.sqrt(n - 1) + 1e-5
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_the_deviation_is_of_the_row_or_of_a_sample(sample):
+    torch.manual_seed(0)
+    norms, mask = torch.rand(4, 9).double(), torch.arange(9) < torch.tensor([[9], [5], [2], [1]])
+    scores = z_scores(norms, mask, sample)
+    for row, n in zip(range(3), (9, 5, 2), strict=True):
+        alone = (norms[row, :n] - norms[row, :n].mean()) / norms[row, :n].std(correction=int(sample))
+        torch.testing.assert_close(scores[row, :n], alone)
+    assert (scores[3] == -math.inf).all() and (scores[~mask] == -math.inf).all()
+    lone = torch.eye(7)[:1].double()
+    bound = 6 / math.sqrt(7) if sample else math.sqrt(6)
+    assert math.isclose(z_scores(lone, torch.ones(1, 7).bool(), sample).max().item(), bound, rel_tol=1e-12)
+
+
+def test_padding_counts_if_it_shall():
+    mask = torch.tensor([[True, True, False]])
+    assert torch.equal(Scoring().counted(mask), mask) and Scoring(padding=True).counted(mask).all()
+    assert torch.equal(mask, torch.tensor([[True, True, False]]))
 
 
 # --- hook layers
@@ -149,6 +182,35 @@ def test_padding_is_no_token(batch_size):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_a_row_is_judged_with_its_padding_if_that_counts():
+    lm, shifts = toy_model(last=1), random_shifts(toy_model(last=1))
+    (name,) = lm.layers
+    pairs = [("w1 w2 w3 w4", "w5"), ("w1 w2 w3 w4 w5 w6 w7 w8 w9", "w10")]
+    batch = next(lm.batches(pairs, 2))
+    short = batch.owners.tolist().index(0)
+    seen = {}
+    handle = lm.layers[name].register_forward_hook(lambda _m, args, output: seen.update(entered=args[0], left=output))
+    with torch.no_grad():
+        lm.model(**batch.inputs)
+    handle.remove()
+    moved = seen["entered"] @ shifts[name].T
+    norms = moved[short].norm(dim=-1)
+    assert len(norms) == 9 and batch.inputs["attention_mask"][short].sum() == 4
+    for sample in (False, True):
+        whole = (norms - norms.mean()) / norms.std(correction=int(sample))
+        scoring = Scoring(sample, True)
+        torch.testing.assert_close(row_scores(lm, pairs, shifts, 2, scoring)[name][0], whole, rtol=1e-4, atol=1e-5)
+        alpha = whole[:4].sort().values[1:3].mean().item()  # so that two of the four tokens pass
+        with HookedShift(shifts, {name: alpha}, scoring=scoring).applied(lm), torch.no_grad():
+            handle = lm.layers[name].register_forward_hook(lambda _m, _a, output: seen.update(hooked=output))
+            lm.model(**batch.inputs)
+            handle.remove()
+        wanted = torch.where((whole >= alpha)[:, None], seen["left"][short] + moved[short], seen["left"][short])
+        torch.testing.assert_close(seen["hooked"][short], wanted, rtol=1e-5, atol=1e-5)
+    alone = row_scores(lm, pairs, shifts, 1, Scoring(padding=True))[name][0]
+    torch.testing.assert_close(alone, row_scores(lm, pairs, shifts, 2)[name][0], rtol=1e-4, atol=1e-5)
+
+
 def test_generation_with_a_cache_is_refused():
     lm = toy_model()
     ids = torch.tensor([[3, 4, 5]])
@@ -171,6 +233,26 @@ def test_a_hooked_shift_is_saved_and_loaded(tmp_path):
     plain = WeightShift(shift.shifts).save(tmp_path / "plain.safetensors")
     with pytest.raises(WeightShiftError, match="holds no hooked shift"):
         HookedShift.load(plain)
+
+
+def test_another_scoring_is_saved_and_the_usual_one_is_not_spoken_of(tmp_path):
+    lm = toy_model()
+    shifts, thresholds = random_shifts(lm), dict.fromkeys(lm.layers, 1.5)
+    for scoring in (Scoring(), Scoring(sample=True), Scoring(padding=True), Scoring(True, True)):
+        path = HookedShift(shifts, thresholds, {"facts": 3}, scoring).save(tmp_path / "edit")
+        again = HookedShift.load(path)
+        assert again.scoring == scoring and type(again.scoring) is Scoring and again.metadata == {"facts": 3}
+        assert ("scoring" in read_tensors(path)[1]) == (scoring != Scoring())
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"sample": 1}', '{"sampled": true}', '{"padding": null}', "{"])
+def test_a_scoring_that_is_none(tmp_path, text):
+    lm = toy_model(last=1)
+    header = {"format": HookedShift.file_format, "metadata": "{}", "scoring": text}
+    header["thresholds"] = json.dumps(dict.fromkeys(lm.layers, 1.5))
+    path = write_tensors(tmp_path / "edit", random_shifts(lm), header)
+    with pytest.raises(WeightShiftError, match="damaged or no hooked shift"):
+        HookedShift.load(path)
 
 
 def test_a_hooked_shift_is_no_weight():
@@ -238,7 +320,12 @@ def plain_coachhook(lm, batches, statistics, config):
     names, last = list(lm.layers), "transformer.h.1"
     shifts = {name: torch.zeros(shape).double() for name, shape in lm.shapes.items()}
     grams = {name: torch.zeros(len(shift.T), len(shift.T)).double() for name, shift in shifts.items()}
-    alphas = dict.fromkeys(names, config.alpha)
+    alphas, first = dict.fromkeys(names, config.alpha), True
+
+    def largest(entered, shift):
+        norms = [(row @ shift.T).norm(dim=-1) for row in entered]
+        deviations = [one.std(correction=int(config.sample_deviation)) for one in norms]
+        return [((one - one.mean()) / by).max().item() for one, by in zip(norms, deviations, strict=True)]
 
     def seen(ids, module):
         now = {}
@@ -251,30 +338,43 @@ def plain_coachhook(lm, batches, statistics, config):
         return now[0][0], now[1][0]
 
     for some in batches:
-        with HookedShift(dict(shifts), dict(alphas)).applied(lm):
+        scoring = Scoring(config.sample_deviation)
+        with HookedShift(dict(shifts), dict(alphas), scoring=scoring).applied(lm):
             z = MEMIT(lm, statistics, config.memit).targets(some).z
         done, below = {}, dict(alphas)
         rows = [pair.prompt + pair.answer[:-1] for pair in lm.encode([fact.pair for fact in some])]
         for i, name in enumerate(names):
             ready = {one: shifts[one] + done[one] for one in done}
-            with overlaid(lm, {one: shifts[one] for one in names[i:]}), hook_layers(lm, ready, below):
+            allowed = alphas if first and not config.first_batch_lowers else below
+            with overlaid(lm, {one: shifts[one] for one in names[i:]}), hook_layers(lm, ready, allowed, scoring):
                 keys = torch.stack([seen(lm.tokenizer(fact.subject)["input_ids"], name)[0][-1] for fact in some])
                 at = [subject_tokens(lm, [f.prompt], [subject_end(f.prompt, f.subject)])[0] for f in some]
                 states = torch.stack([seen(row, last)[1][place] for row, place in zip(rows, at, strict=True)])
                 entered = [seen(row, name)[0] for row in rows]
             old = config.memit.regularization * statistics.second_moments[name].double() + grams[name]
             done[name] = memory_update(keys, (z - states) / (len(names) - i), old)
-            norms = [(row @ (shifts[name] + done[name]).T).norm(dim=-1) for row in entered]
-            best = [((one - one.mean()) / one.std(correction=0)).max().item() for one in norms]
-            below[name] = min(below[name], *best)
+            if not config.late_thresholds:
+                below[name] = min(below[name], *largest(entered, shifts[name] + done[name]))
             grams[name] = grams[name] + keys.T @ keys
-        shifts, alphas = {name: shifts[name] + done[name] for name in names}, below
+        shifts = {name: shifts[name] + done[name] for name in names}
+        if config.late_thresholds:  # nothing is laid over the model
+            below = {
+                name: min(alphas[name], *largest([seen(row, name)[0] for row in rows], shifts[name])) for name in names
+            }
+        if first and not config.first_batch_lowers:
+            below = alphas
+        alphas, first = below, False
         yield shifts, alphas
 
 
-def test_with_hooks_every_layer_is_solved_for_what_the_model_then_is():
+CHANGES = [{}, {"late_thresholds": True}, {"sample_deviation": True}, {"first_batch_lowers": False}]
+CHANGES += [{"late_thresholds": True, "sample_deviation": True, "first_batch_lowers": False}]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_with_hooks_every_layer_is_solved_for_what_the_model_then_is(changes):
     lm = toy_model(torch.float64, layers=LOWER, last=None)
-    config = replace(PLAIN, hooks=True)
+    config = replace(PLAIN, hooks=True, **changes)
     editor = coach(lm, config)
     batches = [facts(6), facts(5, start=6), facts(4, start=11)]
     plain = plain_coachhook(lm, batches, editor.memit.statistics, config)
@@ -356,6 +456,60 @@ def test_the_threshold_falls_to_what_lets_each_fact_pass():
     assert all(editor.thresholds[name] <= first[name] for name in first)
     fixed = coach(config=replace(PLAIN, hooks=True, alpha=3.0, dynamic=False))
     assert set(fixed.edit(some).thresholds.values()) == {3.0}
+
+
+def test_eq_19_as_printed_leaves_the_first_batch_at_its_start():
+    editor = coach(config=replace(PLAIN, hooks=True, first_batch_lowers=False))
+    assert set(editor.edit(facts(6)).thresholds.values()) == {2.2}
+    second = dict(editor.edit(facts(6, start=6)).thresholds)
+    name = next(iter(editor.lm.layers))
+    rows = row_scores(editor.lm, [fact.pair for fact in facts(6, start=6)], {name: editor.shifts[name]})[name]
+    assert second[name] == pytest.approx(min(2.2, *(row.max().item() for row in rows)), rel=1e-4) and second[name] < 2.2
+    editor.reset()
+    assert set(editor.edit(facts(6)).thresholds.values()) == {2.2}
+
+
+def test_late_thresholds_are_those_of_the_unedited_model_after_the_batch():
+    editor, some = coach(config=replace(PLAIN, hooks=True, late_thresholds=True)), facts(6)
+    thresholds = editor.edit(some).thresholds
+    for name, rows in row_scores(editor.lm, [fact.pair for fact in some], editor.shifts).items():
+        assert thresholds[name] == pytest.approx(min(2.2, *(row.max().item() for row in rows)), rel=1e-6)
+    early = coach(config=replace(PLAIN, hooks=True)).edit(some).thresholds
+    first, last = editor.lm.layers
+    assert early[first] == pytest.approx(thresholds[first], rel=1e-6)  # nothing is below it, so both see the same
+    assert early[last] != pytest.approx(thresholds[last], rel=1e-6)
+
+
+def test_a_batch_whose_late_thresholds_fail_leaves_the_state(monkeypatch):
+    editor = coach(config=replace(PLAIN, hooks=True, late_thresholds=True))
+    editor.edit(facts(3))
+    shifts, grams = ({n: t.clone() for n, t in part.items()} for part in (editor.shifts, editor.grams))
+    monkeypatch.setattr("malmen_repro.methods.coachhook.row_scores", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        editor.edit(facts(3, start=3))
+    assert editor.batches == 1 and all(torch.equal(editor.shifts[n], t) for n, t in shifts.items())
+    assert all(torch.equal(editor.grams[n], t) for n, t in grams.items())
+
+
+def test_the_edit_scores_as_its_configuration_says():
+    for changes, scoring in (({}, Scoring()), ({"sample_deviation": True}, Scoring(sample=True))):
+        assert coach(config=replace(PLAIN, hooks=True, **changes)).edit(facts(3)).scoring == scoring
+    counting = replace(PLAIN, hooks=True, count_padding=True)
+    assert coach(config=counting).edit(facts(3)).scoring == Scoring(padding=True) == counting.scoring
+
+
+def test_the_text_the_code_and_the_paper_tier_have_names():
+    switches = ("first_batch_lowers", "late_thresholds", "sample_deviation", "count_padding")
+    named = {"text": COACHHOOK_TEXT, "code": COACHHOOK_CODE, "paper": CoachHooK.paper_config}
+    assert {name: tuple(getattr(config, switch) for switch in switches) for name, config in named.items()} == {
+        "text": (True, False, False, False),
+        "code": (True, True, True, True),
+        "paper": (True, True, True, False),  # a text's tokens are no padding
+    }
+    assert [config.memit for config in named.values()] == [MEMIT_TEXT, MEMIT_CODE, MEMIT.paper_config]
+    assert CoachHooKConfig() == COACHHOOK_TEXT
+    lm = toy_model(layers=LOWER, last=None)
+    assert CoachHooK(lm, key_statistics(lm, TEXTS)).config == CoachHooK.paper_config
 
 
 def test_a_row_of_one_token_has_no_part_in_the_threshold():

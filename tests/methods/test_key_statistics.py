@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from malmen_repro.methods.key_statistics import (
     EmptyCorpusError,
@@ -98,6 +98,30 @@ def test_half_precision_models_give_float64_sums():
     wanted, _ = definition(toy_model(), TEXTS)
     for name, moment in found.second_moments.items():
         assert moment.dtype == torch.float64 and (moment - wanted[name]).norm() < 0.05 * wanted[name].norm()
+
+
+def test_keys_of_float64_models_are_never_rounded(tmp_path):
+    lm = toy_model(torch.float64)
+    found, (wanted, _) = key_statistics(lm, TEXTS), definition(lm, TEXTS)
+    again = KeyStatistics.load(found.save(tmp_path / "fine.safetensors"))
+    kept = cached_key_statistics(lm, TEXTS, tmp_path, "fine")
+    for name, moment in found.second_moments.items():
+        torch.testing.assert_close(moment, wanted[name], rtol=1e-13, atol=1e-15)
+        assert torch.equal(again.second_moments[name], moment) and torch.equal(kept.second_moments[name], moment)
+        assert (moment != moment.float().double()).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_file_is_as_fine_as_the_model(tmp_path, dtype):
+    path = key_statistics(toy_model(dtype), TEXTS).save(tmp_path / "statistics.safetensors")
+    fine = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {tensor.dtype for tensor in load_file(path).values()} == {fine}
+
+
+@pytest.mark.parametrize("model", [None, 3, {}, {"weights": None}, {"weights": ["float16"]}])
+def test_a_file_of_an_unknown_model_is_float32(tmp_path, model):
+    statistics = KeyStatistics({"a": torch.eye(2).double()}, 1, {"language_model": model})
+    assert load_file(statistics.save(tmp_path / "a.safetensors"))["a"].dtype == torch.float32
 
 
 def test_text_batches_mark_every_token_and_only_those():

@@ -12,12 +12,17 @@ from malmen_repro.language_models import LayerPatternError
 from malmen_repro.methods.key_statistics import KeyStatistics, KeyStatisticsMismatchError, key_statistics
 from malmen_repro.methods.memit import (
     MEMIT,
+    MEMIT_CODE,
+    MEMIT_TEXT,
     ROME,
+    ROME_CODE,
+    ROME_TEXT,
     MEMITConfig,
     MemorySums,
     SubjectRows,
     at_subjects,
     critical_layers,
+    mean_keys,
     memory_update,
     rank_one_update,
 )
@@ -124,7 +129,11 @@ def plain_memit(lm, some, targets, statistics, config):
             upto = fact.prompt[: fact.prompt.index(fact.subject) + len(fact.subject)]
             said = fact.subject if config.keys == "subject" else upto
             texts = [said, *(f"{prefix} {said}" for prefix in prefixes[1:])]
-            keys.append(torch.stack([state(text, name, 0) for text in texts]).mean(0))
+            bare, *behind = (state(text, name, 0) for text in texts)
+            if config.key_weights == "equal" or not behind:
+                keys.append(torch.stack([bare, *behind]).mean(0))
+            else:
+                keys.append(0.5 * bare + sum(0.5 / len(behind) * key for key in behind))
             residuals.append((z.double() - state(upto, targets.block, 1)) / (len(names) - i))
         shift = memory_update(
             torch.stack(keys), torch.stack(residuals), config.regularization * statistics.second_moments[name]
@@ -136,10 +145,11 @@ def plain_memit(lm, some, targets, statistics, config):
 
 @pytest.mark.parametrize("kind", DECODERS)
 @pytest.mark.parametrize("keys", ["subject", "prompt"])
-@pytest.mark.parametrize("prefixes", [(), (2, 3)])
-def test_the_spread_is_algorithm_1(kind, keys, prefixes):
+@pytest.mark.parametrize(("prefixes", "weights"), [((), "equal"), ((2, 3), "equal"), ((2, 3), "half bare")])
+def test_the_spread_is_algorithm_1(kind, keys, prefixes, weights):
     lm = DECODERS[kind](torch.float64)
-    config = replace(CONFIG, keys=keys, target=replace(QUICK, prefix_lengths=prefixes, steps=2))
+    target = replace(QUICK, prefix_lengths=prefixes, steps=2)
+    config = replace(CONFIG, keys=keys, key_weights=weights, target=target)
     some = [replace(f, prompt=f"w7 {f.prompt}") for f in facts(6)]  # something in front of the subject
     memit = MEMIT(lm, key_statistics(lm, TEXTS), config)
     targets = memit.targets(some)
@@ -158,6 +168,22 @@ def test_the_batch_size_makes_no_difference(batch_size):
     wanted, found = memit.edit(some, batch_size=200), memit.edit(some, batch_size=batch_size)
     for name, shift in wanted.shifts.items():
         torch.testing.assert_close(found.shifts[name], shift, rtol=1e-4, atol=1e-6)
+
+
+def test_five_prefixes_weigh_a_tenth_each_and_the_bare_prompt_a_half():
+    torch.manual_seed(0)
+    rows = torch.randn(4 * 6, 24).double()
+    by_fact = rows.view(4, 6, 24)
+    tenths = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.1, 0.1]).double()
+    torch.testing.assert_close(mean_keys(rows, 6, "half bare"), torch.einsum("fpd,p->fd", by_fact, tenths))
+    assert torch.equal(mean_keys(rows, 6, "equal"), by_fact.mean(1))
+    assert torch.equal(mean_keys(rows, 1, "half bare"), rows)
+
+
+def test_without_prefixes_the_weights_make_no_difference():
+    some = facts(5)
+    one, other = (editor(config=replace(CONFIG, key_weights=how)).edit(some) for how in ("equal", "half bare"))
+    assert all(torch.equal(one.shifts[name], other.shifts[name]) for name in one.shifts)
 
 
 def test_with_few_facts_and_a_small_lambda_the_targets_arrive():
@@ -223,6 +249,46 @@ def test_rome_is_one_exact_fact_after_another():
     torch.testing.assert_close(states, target.z, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("keys", ["subject", "prompt"])
+@pytest.mark.parametrize("weights", ["equal", "half bare"])
+@pytest.mark.parametrize("divisor", ["mean key", "bare prompt"])
+def test_rome_is_exact_at_the_key_it_divides_by(divisor, weights, keys):
+    lm = toy_model(torch.float64, layers="transformer.h.1.mlp.c_proj", last=None)
+    (name,), target = lm.layers, replace(QUICK, prefix_lengths=(2, 3))
+    config = MEMITConfig(keys=keys, key_weights=weights, rome_divisor=divisor, target=target)
+    statistics, (fact,) = key_statistics(lm, TEXTS), [replace(facts(1)[0], prompt=f"w7 {facts(1)[0].prompt}")]
+    rome = ROME(lm, statistics, config)
+    (shift,) = rome.edit([fact]).shifts.values()
+    rows, found = SubjectRows(lm, [fact], rome.memit.prefixes(), config), rome.memit.targets([fact])
+    (key,) = mean_keys(at_subjects(lm, rows.keys, name, 0, 8), 3, weights)
+    (bare,) = at_subjects(lm, rows.prompts, name, 0, 8)
+    at, residual = key if divisor == "mean key" else bare, (found.z - found.hidden)[0]
+    u = torch.linalg.solve(statistics.second_moments[name], key)
+    torch.testing.assert_close(shift, torch.outer(residual, u) / (at @ u), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(shift @ at, residual, rtol=1e-8, atol=1e-10)
+    other = bare if divisor == "mean key" else key
+    assert not torch.allclose(shift @ other, residual, rtol=1e-2)
+
+
+def test_without_prefixes_rome_divides_by_the_prompts_key_either_way():
+    lm = toy_model(torch.float64, layers="transformer.h.1.mlp.c_proj", last=None)
+    statistics, both = key_statistics(lm, TEXTS), []
+    for divisor in ("mean key", "bare prompt"):
+        config = MEMITConfig(keys="prompt", rome_divisor=divisor, target=QUICK)
+        both.append(ROME(lm, statistics, config).edit(facts(2)).shifts[next(iter(lm.layers))])
+    torch.testing.assert_close(*both, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shifts_are_as_fine_as_the_model(dtype):
+    lm = toy_model(dtype, layers="transformer.h.1.mlp.c_proj", last=None)
+    statistics, some = key_statistics(lm, TEXTS), facts(2)
+    for kind in (MEMIT, ROME):
+        (shift,) = kind(lm, statistics, CONFIG).edit(some).shifts.values()
+        assert shift.dtype == torch.promote_types(dtype, torch.float32)
+        assert (shift.double() != shift.float().double()).any() == (dtype == torch.float64)
+
+
 def test_rome_wants_one_layer_and_a_covariance_of_full_rank():
     lm = toy_model(last=2)
     with pytest.raises(EditorError, match="one layer, and the model is wrapped with 2"):
@@ -234,8 +300,12 @@ def test_rome_wants_one_layer_and_a_covariance_of_full_rank():
 
 def test_rome_by_default_has_its_own_numbers():
     lm = toy_model(last=1)
-    target = ROME(lm, key_statistics(lm, TEXTS)).config.target
-    assert (target.steps, target.clamp, target.weight_decay, target.kl_factor) == (20, 0, 0.5, 0.0625)
+    config = ROME(lm, key_statistics(lm, TEXTS)).config
+    for target, clamp in ((config.target, 4), (ROME_TEXT.target, 0), (ROME_CODE.target, 4)):
+        assert (target.steps, target.clamp, target.weight_decay, target.kl_factor) == (20, clamp, 0.5, 0.0625)
+        assert target.prefix_lengths == (5,) * 10 + (10,) * 10
+    assert (config.rome_divisor, config.keys) == ("mean key", "subject") == (ROME_TEXT.rome_divisor, ROME_TEXT.keys)
+    assert (ROME_CODE.rome_divisor, ROME_CODE.keys) == ("bare prompt", "prompt")
 
 
 # --- what can go wrong
@@ -245,6 +315,26 @@ def test_the_defaults_are_the_papers():
     config = MEMITConfig()
     assert config.regularization == 15_000 and config.target.clamp == 0.75 and config.target.steps == 25
     assert MEMITConfig(**{**asdict(config), "target": asdict(config.target)}) == config
+
+
+def forms(config):
+    "How the terms of the search for a target are measured."
+    target = config.target
+    return target.answer_loss, target.decay_on, target.kl_direction, target.kl_at
+
+
+def test_the_text_the_code_and_the_paper_tier_have_names():
+    text, of_code = ("sum", "squared length", "before || after", "end"), ("length", "after || before", "subject")
+    assert MEMITConfig() == MEMIT_TEXT and forms(MEMIT_TEXT) == forms(ROME_TEXT) == text
+    assert forms(MEMIT_CODE) == ("token mean", *of_code) and MEMIT_CODE.target.steps == 24
+    assert (MEMIT_CODE.keys, MEMIT_CODE.key_weights) == ("prompt", "half bare")
+    assert MEMIT_CODE.target.prefix_lengths == (10,) * 5
+    # The text where it speaks, which it does of everything else.
+    papers = replace(MEMIT_TEXT.target, **dict(zip(("decay_on", "kl_direction", "kl_at"), of_code, strict=True)))
+    assert MEMIT.paper_config == replace(MEMIT_TEXT, target=papers)
+    assert ROME.paper_config == replace(MEMIT_TEXT, target=replace(papers, steps=20, clamp=4.0))
+    lm = toy_model(layers=LOWER, last=None)
+    assert MEMIT(lm, key_statistics(lm, TEXTS)).config == MEMIT.paper_config
 
 
 def test_statistics_of_other_layers_are_refused():
@@ -273,7 +363,11 @@ def test_facts_that_cannot_be_edited(some, error):
         editor().edit(some() if callable(some) else some)
 
 
-@pytest.mark.parametrize("wrong", [{"regularization": -1.0}, {"regularization": math.inf}, {"keys": "all"}])
+WRONG = [{"regularization": -1.0}, {"regularization": math.inf}, {"keys": "all"}]
+WRONG += [{"key_weights": "half"}, {"rome_divisor": "k"}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_settings_out_of_range(wrong):
     with pytest.raises(EditorError, match=next(iter(wrong))):
         MEMITConfig(**wrong)

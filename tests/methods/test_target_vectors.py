@@ -209,7 +209,7 @@ def test_prompts_behind_prefixes_know_where_their_subject_ends():
 # --- the search
 
 
-def with_delta(lm, block, fact, delta, texts):
+def with_delta(lm, block, fact, delta, texts, reduction="sum"):
     "-log p(o), a text at a time, by a plain hook that adds delta at the subject's last token."
     total = []
     for text in texts:
@@ -226,7 +226,7 @@ def with_delta(lm, block, fact, delta, texts):
             logits = lm.answer_logits(batch).float()
         finally:
             handle.remove()
-        total.append(torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
+        total.append(torch.nn.functional.cross_entropy(logits, batch.labels, reduction=reduction))
     return torch.stack(total).mean()
 
 
@@ -249,7 +249,9 @@ def textbook(lm, block, fact, config):
     texts = [fact.prompt] + [f"{t} {fact.prompt}" for t in random_prefixes(lm, config.prefix_lengths, config.seed)[1:]]
     delta = torch.zeros(16, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=config.learning_rate)
-    essence = Fact(config.essence.format(fact.subject), "w1", subject=fact.subject)
+    # What comes after the subject does not depend on what is written behind it.
+    said_of = config.essence.format(fact.subject) if config.kl_at == "end" else fact.subject
+    essence = Fact(said_of, "w1", subject=fact.subject)
     (batch,) = lm.batches([essence.pair], 1)
     hidden = block_output(lm, block, next(lm.batches([fact.pair], 1))).states[0, 1]  # subjects are the first two words
 
@@ -270,12 +272,13 @@ def textbook(lm, block, fact, config):
 
     before = said(torch.zeros(16)).detach()
     for _ in range(config.steps):
-        wrong = with_delta(lm, block, fact, delta, texts)
+        wrong = with_delta(lm, block, fact, delta, texts, "sum" if config.answer_loss == "sum" else "mean")
         if wrong <= config.stop_loss:
             break
         after = said(delta)
-        moved = (before.exp() * (before - after)).sum()
-        long = delta.square().sum() / hidden.square().sum()
+        p, q = (before, after) if config.kl_direction == "before || after" else (after, before)
+        moved = (p.exp() * (p - q)).sum()
+        long = delta.norm() ** (2 if config.decay_on == "squared length" else 1) / hidden.norm() ** 2
         loss = wrong + config.kl_factor * moved + config.weight_decay * long
         adam.zero_grad()
         loss.backward()
@@ -286,6 +289,10 @@ def textbook(lm, block, fact, config):
 
 
 OPTIONS = [{}, {"prefix_lengths": (2, 4)}, {"clamp": 0.05}, {"kl_factor": 3.0}, {"stop_loss": 4.0}]
+FORMS = {"answer_loss": "token mean", "decay_on": "length", "kl_direction": "after || before", "kl_at": "subject"}
+STRONG = {"kl_factor": 30.0, "learning_rate": 0.5, "steps": 8}  # so that a wrong form would be seen
+OPTIONS += [{name: form} | STRONG for name, form in FORMS.items()]
+OPTIONS += [FORMS | {"kl_factor": 3.0, "prefix_lengths": (2, 4)}, {"answer_loss": "token mean", "stop_loss": 3.5}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -296,11 +303,45 @@ def test_it_is_the_textbooks_search(options):
         torch.testing.assert_close(found.z[i], textbook(lm, "transformer.h.1", fact, config), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_each_form_of_the_loss_makes_a_difference(name):
+    lm, some, config = toy_model(torch.float64), facts(5), replace(QUICK, **STRONG)
+    usual = target_vectors(lm, "transformer.h.1", some, config)
+    other = target_vectors(lm, "transformer.h.1", some, replace(config, **{name: FORMS[name]}))
+    assert torch.equal(usual.hidden, other.hidden) and (usual.z - other.z).norm() > 2e-2 * usual.z.norm()
+
+
+def test_without_a_kl_term_its_forms_make_none():
+    lm, some, config = toy_model(torch.float64), facts(3), replace(QUICK, kl_factor=0.0)
+    forms = {name: FORMS[name] for name in ("kl_direction", "kl_at")}
+    found = [target_vectors(lm, "transformer.h.1", some, replace(config, **change)) for change in ({}, forms)]
+    assert torch.equal(found[0].z, found[1].z)
+
+
+def test_of_answers_of_one_token_the_mean_is_the_sum():
+    lm, some = toy_model(torch.float64), [replace(fact, answer="w7") for fact in facts(3)]
+    forms = [replace(QUICK, answer_loss=form) for form in ("sum", "token mean")]
+    found = [target_vectors(lm, "transformer.h.1", some, config) for config in forms]
+    assert torch.equal(found[0].z, found[1].z)
+
+
+def test_the_loss_it_reports_is_a_sum_whatever_is_searched_by():
+    lm, some = toy_model(), facts(4)
+    found = target_vectors(lm, "transformer.h.1", some, replace(QUICK, answer_loss="token mean"))
+    for i, fact in enumerate(some):
+        loss = with_delta(lm, "transformer.h.1", fact, found.z[i] - found.hidden[i], [fact.prompt])
+        torch.testing.assert_close(found.losses[i], loss, rtol=1e-4, atol=1e-4)
+
+
+def test_by_default_the_forms_are_the_texts():
+    assert [getattr(TargetConfig(), name) for name in FORMS] == ["sum", "squared length", "before || after", "end"]
+
+
 @pytest.mark.parametrize("stop", [0.0, 3.5])
 @pytest.mark.parametrize("batch_size", [1, 4, 9, 100])
 def test_batched_is_serial(batch_size, stop):
     lm, some = toy_model(torch.float64), facts(7)
-    config = replace(QUICK, prefix_lengths=(2,), stop_loss=stop)
+    config = replace(QUICK, prefix_lengths=(2,), stop_loss=stop, **(FORMS if batch_size == 4 else {}))
     found = target_vectors(lm, "transformer.h.1", some, config, batch_size)
     for i, fact in enumerate(some):
         alone = target_vectors(lm, "transformer.h.1", [fact], config, 1)
@@ -362,6 +403,10 @@ def test_a_search_that_runs_away_is_named():
         ({"clamp": -1.0}, "clamp"),
         ({"essence": "is a"}, "essence"),
         ({"prefix_lengths": (0,)}, "at least 1 token"),
+        ({"answer_loss": "mean"}, "answer_loss='mean': must be 'sum' or 'token mean'"),
+        ({"decay_on": "square"}, "decay_on='square': must be 'squared length' or 'length'"),
+        ({"kl_direction": "both"}, "kl_direction='both': must be 'before || after' or 'after || before'"),
+        ({"kl_at": "start"}, "kl_at='start': must be 'end' or 'subject'"),
     ],
 )
 def test_settings_out_of_range(wrong, message):

@@ -1,7 +1,7 @@
 "Variants of MALMEN: each differs from it in its one way, has right gradients, trains, and survives as files."
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from malmen_repro.replication.released_code import (
     HalfPrecisionSmallShifts,
     HalfPrecisionWeights,
     InflatedVariance,
+    MovingTokens,
+    MovingTokensMEND,
     OuterScale,
     OuterScaleBlock,
     PlainRate,
@@ -31,9 +33,12 @@ from malmen_repro.replication.released_code import (
     VariantError,
     in_chunks,
     landed,
+    moving,
+    token_mean_meta_loss,
     varied,
 )
 from malmen_repro.training import (
+    Block,
     Curriculum,
     TrainingConfig,
     cache_tokens,
@@ -41,6 +46,7 @@ from malmen_repro.training import (
     meta_loss_terms,
     tune_learning_rate,
 )
+from malmen_repro.weight_shifts import overlaid
 from tests.toy import toy_facts, toy_model
 
 CLASSES = list(dict.fromkeys(variant.editor for variant in VARIANTS.values()))
@@ -201,6 +207,98 @@ def test_token_means_make_the_shift_depend_on_the_batch():
     assert (flat(means.edit(facts, 1)) - flat(means.edit(facts, 8))).norm() > 0.1 * flat(means.edit(facts, 8)).norm()
     torch.testing.assert_close(flat(means.edit(facts, 8)), flat(means.edit(facts, 100)))
     torch.testing.assert_close(flat(means.edit(facts, 1)), flat(singly.edit(facts, 8)))
+
+
+def block_of_tuples(lm, facts):
+    "What a meta-step looks at."
+    pairs = [fact.pair for fact in facts], [f.equivalent_pairs[0] for f in facts], [f.unrelated_pair for f in facts]
+    return Block(*(lm.encode(some) for some in pairs))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("locality", [0.0, 1.5])
+def test_the_meta_loss_of_token_means_is_the_sum_of_each_micro_batchs_mean(rows, locality):
+    lm = toy_model(torch.float64)
+    torch.manual_seed(0)
+    shifts = {name: 0.1 * torch.randn(shape).double() for name, shape in lm.shapes.items()}
+    block, found = block_of_tuples(lm, toy_facts(10)), {"generalization": [], "locality": []}
+    for name, term in token_mean_meta_loss(lm, shifts, block, locality, rows):
+        found[name].append(term)
+    wanted = {name: [] for name in found}
+    for name, pairs in (("generalization", block.equivalent), ("locality", block.unrelated)):
+        for batch in lm.batches(pairs, rows):
+            with torch.no_grad():
+                before = lm.answer_logits(batch).log_softmax(-1)
+                with overlaid(lm, shifts):
+                    after = lm.answer_logits(batch).log_softmax(-1)
+            right = after.gather(1, batch.labels[:, None])[:, 0]
+            divergence = (before.exp() * (before - after)).sum(-1)
+            wanted[name].append(-right.mean() if name == "generalization" else locality * divergence.mean())
+    torch.testing.assert_close(torch.stack(found["generalization"]), torch.stack(wanted["generalization"]))
+    if locality:
+        torch.testing.assert_close(torch.stack(found["locality"]), torch.stack(wanted["locality"]))
+    assert len(found["generalization"]) == -(-10 // rows) and bool(found["locality"]) == bool(locality)
+
+
+def test_with_answers_of_one_length_a_single_batch_points_the_same_way():
+    lm = toy_model(torch.float64)
+    facts = [replace(f, answer="w1 w2", unrelated_answer="w3") for f in toy_facts(8)]
+    block, slopes = block_of_tuples(lm, facts), {}
+    for loss in (meta_loss_terms, token_mean_meta_loss):
+        for rows in (2, 8):
+            shifts = {name: torch.full(shape, 0.01).double().requires_grad_() for name, shape in lm.shapes.items()}
+            for _, term in loss(lm, shifts, block, 0.0, rows):
+                term.backward()
+            slopes[loss, rows] = torch.cat([shift.grad.flatten() for shift in shifts.values()])
+    exact = slopes[meta_loss_terms, 8]
+    torch.testing.assert_close(slopes[meta_loss_terms, 2], exact)
+    torch.testing.assert_close(slopes[token_mean_meta_loss, 8], exact / 2)  # tokens of an answer
+    torch.testing.assert_close(slopes[token_mean_meta_loss, 2], 4 * exact / 2)  # micro-batches
+
+
+# --- tokens without a gradient
+
+
+def test_moving_tokens_are_those_with_any_gradient():
+    keys, gradients = torch.randn(5, 3), torch.randn(5, 2)
+    gradients[1] = 0
+    gradients[3] = torch.tensor([0.0, -1e-30])
+    kept = moving(KeysAndGradients(keys, gradients))
+    assert torch.equal(kept.keys, keys[[0, 2, 3, 4]]) and torch.equal(kept.value_gradients, gradients[[0, 2, 3, 4]])
+    none = moving(KeysAndGradients(keys, torch.zeros(5, 2)))
+    assert none.keys.shape == (0, 3) and none.value_gradients.shape == (0, 2)
+
+
+@pytest.mark.parametrize(("kind", "without"), [(MALMEN, MovingTokens), (MEND, MovingTokensMEND)])
+def test_editors_of_moving_tokens_see_no_others(kind, without):
+    plain, ours, facts = make(kind, tokens="all"), make(without, tokens="all"), toy_facts(9)
+    pairs = [fact.pair for fact in facts]
+    every, seen = (cache_tokens(editor, pairs, 4) for editor in (plain, ours))
+    last = list(every)[-1]
+    for layer, tokens in every.items():
+        assert torch.equal(seen[layer].keys, moving(tokens).keys)
+        assert (len(seen[layer].keys) < len(tokens.keys)) == (layer == last)  # nothing above the last block
+    for editor in (plain, ours):
+        editor.observe(facts)
+    for layer in every:
+        network, index = ours.networks.of(layer)
+        assert network.keys.count[index] == len(seen[layer].keys)
+    assert not torch.allclose(plain.edit(facts).shifts[last], ours.edit(facts).shifts[last], rtol=1e-3)
+    assert "moving tokens" in without.method and without.method not in VARIANTS
+
+
+@pytest.mark.parametrize(("kind", "without"), [(MALMEN, MovingTokens), (MEND, MovingTokensMEND)])
+def test_where_every_token_moves_nothing_changes(kind, without):
+    plain, ours, facts = make(kind), make(without), toy_facts(9)
+    for editor in (plain, ours):
+        editor.observe(facts)
+    assert torch.equal(flat(plain.edit(facts)), flat(ours.edit(facts)))
+
+
+def test_an_editor_of_moving_tokens_trains():
+    editor = make(MovingTokens, tokens="all")
+    records = editor.train(toy_facts(16), num_facts=8, steps=2, progress=False)
+    assert len(records) == 2 and flat(editor.edit(toy_facts(8))).isfinite().all()
 
 
 # --- statistics that move while editing
