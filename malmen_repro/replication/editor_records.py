@@ -26,7 +26,7 @@ from ..methods.coachhook import row_scores
 from ..methods.target_vectors import subject_end, subject_tokens
 from .memory import TensorMemory
 from .plans import ALL_METHODS, METHODS, SETTINGS, altered
-from .records import git_state, hardware, versions
+from .records import git_state, hardware, recorded, versions
 from .runner import edited_in_batches
 from .small_models import SmallRecallConfig, small_model, wrapped_stand_in
 from malmen_repro.replication.stand_ins import (
@@ -210,7 +210,7 @@ def key_record(
     batch: int = 10,  # facts edited at once
 ) -> dict[str, Any]:
     "The z-scores of updated keys and of other tokens after all batches, for CoachHooK with the tiny tier's settings."
-    settings = asdict(fitted(ready_settings("tiny", "CoachHooK"), 0, "tiny", "subjects"))
+    settings = recorded(fitted(ready_settings("tiny", "CoachHooK"), 0, "tiny", "subjects"))
     with tempfile.TemporaryDirectory() as folder:
         editor = ready_editor("CoachHooK", bench, settings, Path(folder), progress=False)
     edit = edited_in_batches(editor, facts, batch, 64)

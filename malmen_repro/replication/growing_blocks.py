@@ -10,7 +10,7 @@ __all__ = ['FOLDER', 'GROWN', 'LAID', 'OTHER_STARTS', 'history_of', 'loss_ratio'
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from ..editors import Editor, EditorConfig
@@ -18,7 +18,7 @@ from ..evaluation import evaluate, plain
 from ..files import parse_json
 from .benches import BenchFor
 from .plans import METHODS, Cell, SettingsOf, training_settings
-from .records import SOURCE_TREE, RecordError, git_state, hardware, versions
+from .records import SOURCE_TREE, RecordError, git_state, hardware, recorded, versions
 from .runner import evaluation_blocks, learned, pooled, run_cells
 from .stand_ins import Bench
 from ..training import TrainingConfig, tune_learning_rate
@@ -166,5 +166,5 @@ def other_starts(
         editor.train(bench.train_facts, config=replace(training, tuned_start=False), progress=False)
         row = {"seed": seed, "start": start, "own start": own}
         row |= {"scores": plain(scores_of_mend(editor, bench, seed, ms)), "learned": learned(editor)}
-        rows.append(row | {"editor": asdict(editing), "training": asdict(training)})
+        rows.append(row | {"editor": recorded(editing), "training": recorded(training)})
     return about("MEND on the small decoder, started where another seed's learning rate starts", rows, bench, state)

@@ -52,6 +52,9 @@ Record: TypeAlias = dict[str, Any]  # plain JSON
 LATER = {  # setting -> what every record without it had
     **dict.fromkeys(("plain_learning_rate", "normal_start", "pooled_moments"), False),
     **{"held_out": 0, "score_every": 50},
+    **{"answer_loss": "sum", "decay_on": "squared length", "kl_direction": "before || after", "kl_at": "end"},
+    **{"key_weights": "equal", "rome_divisor": "mean key", "first_batch_lowers": True},
+    **dict.fromkeys(("late_thresholds", "sample_deviation", "count_padding"), False),
 }
 S = TypeVar("S")
 
@@ -59,8 +62,13 @@ S = TypeVar("S")
 def recorded(
     settings: Any,  # an instance of a dataclass
 ) -> dict[str, Any]:
-    "Its fields as a record has them."
-    return {name: value for name, value in asdict(settings).items() if name not in LATER or value != LATER[name]}
+    "Its fields as a record has them, those of settings within settings too."
+    return _without_later(asdict(settings))
+
+
+def _without_later(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
+    return {name: _without_later(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def revived(
