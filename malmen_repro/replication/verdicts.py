@@ -88,7 +88,7 @@ RIVALS = ("MEND", "FT", "FT, tuned")
 TRAINED_AS = {1037: 1024}  # m edited -> m of the training that counts as the same
 SPAN = 10  # the m that decides is at least the largest one that was run over this
 STANDING = {"reproduced": "behind", TOO_CLOSE: "too close to call", "below": "ahead"}
-NOT_TRAINED = "no m is edited by editors that were trained for it"
+NOT_TRAINED = "no editor was trained for its m"
 
 
 def trained_for_its_size(record: Record) -> bool:
@@ -811,8 +811,7 @@ def choices_note() -> str:
     training, widths = SETTINGS["tiny"][1], {about.config().inner for about in TINY_ARCHITECTURES.values()}
     steps, weight = training["steps"], training["locality_coefficient"]
     return (
-        "Chosen at the tiny tier after results had been seen: the world's unrelated questions, which ask about towns "
-        "and not about other people; the width of the models, with keys of "
-        f"{min(widths):,} to {max(widths):,} numbers; the weight of {weight:g} on locality, where the paper has 1; and "
-        f"{steps[256]} steps of training instead of {steps[1]} at m = 256."
+        "Chosen at the tiny tier after results were seen: unrelated questions about towns, not about other people; "
+        f"models with keys of {min(widths):,} to {max(widths):,} numbers; a weight of {weight:g} on locality, not 1; "
+        f"{steps[256]} steps instead of {steps[1]} at m = 256."
     )

@@ -1242,6 +1242,6 @@ def test_without_a_source_tree_nothing_changed(monkeypatch):
 def test_the_choices_that_came_after_results_are_in_the_settings():
     training, note = SETTINGS["tiny"][1], choices_note()
     assert (training["locality_coefficient"], training["steps"]) == (1.5, {1: 300, 256: 380, 1024: 300})
-    for words in ("after results had been seen", "ask about towns", "768 to 2,560 numbers", "weight of 1.5 on locality",
-                  "380 steps of training instead of 300 at m = 256"):  # fmt: skip
+    for words in ("after results were seen", "about towns", "768 to 2,560 numbers", "a weight of 1.5 on locality",
+                  "380 steps instead of 300 at m = 256"):  # fmt: skip
         assert words in note
