@@ -80,7 +80,9 @@ class Statement:
     def finding(self, tier: str, directory: Path | None = None) -> Finding | None:  # None if there are no records
         "The answer of the records of one tier, committed ones unless a folder is given."
         folder = directory or committed_records()
-        records = read_records(folder, self.experiment, tier) if folder and self.test else []
+        if folder is None or self.test is None:
+            return None
+        records = read_records(folder, self.experiment, tier)
         return self.test(records) if records else None
 
 # %% ../../nbs/replication/47_verdicts.ipynb #a87019c3
@@ -125,10 +127,10 @@ def strongest(records: Sequence[Record]) -> Finding | None:
             reason = f"editors were trained for m = {m} at most, and up to {end} are edited" if m else NOT_TRAINED
             parts.append((f"{data_set}: {reason}", UNDECIDABLE))
             continue
-        ours, *others = ([found[data_set].get(name, {}).get(m) for found in both] for name in ("MALMEN", *RIVALS))
+        ours, *others = ([found[data_set].get(name, {}).get(m, {}) for found in both] for name in ("MALMEN", *RIVALS))
         place = f"{data_set}, m = {m}" + f" (of up to {end})" * (m < end)
         text = f"{place}: MALMEN {seed_mean(ours[0]):.2f} (LS {seed_mean(ours[1]):.2f})"
-        met = {name: _against(ours, other) for name, other in zip(RIVALS, others, strict=True) if None not in other}
+        met = {name: _against(ours, other) for name, other in zip(RIVALS, others, strict=True) if all(other)}
         text += "".join(f", {name} {said}" for name, (said, _) in met.items())
         parts.append((text, worst(*(verdict for _, verdict in met.values()))))
     return judged(parts)
