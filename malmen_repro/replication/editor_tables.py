@@ -17,9 +17,9 @@ from typing import NamedTuple
 from ..evaluation import markdown_table
 from ..facts import optional
 from .figures import PAPER_MEASURES, mean_at, scaling_points
+from .other_papers import average, score_curves
 from .records import Record, read_rows
 from .released_code import VARIANTS
-from .verdicts import average, score_curves
 
 # %% ../../nbs/replication/54_editor_tables.ipynb #4eaa8873
 def editor_score_table(

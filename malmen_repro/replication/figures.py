@@ -93,6 +93,7 @@ def shown(
 
 def spread_note(
     points: Sequence[dict[str, Any]],
+    records: Sequence[dict[str, Any]],  # of one tier; at the tiny one each seed has trained its own language model
 ) -> str:
     "What the spread of a table or figure is."
     seeds = sorted({point["seeds"] for point in points})
@@ -100,7 +101,9 @@ def spread_note(
     if seeds == [1]:
         return "mean and 95 % bootstrap interval over facts, 1 seed"
     also = "; with 1 seed the 95 % bootstrap interval over facts" if 1 in seeds else ""
-    return f"mean ± standard deviation over {counts}{also}"
+    own = {record["configuration"]["cell"]["tier"] for record in records} == {"tiny"}
+    models = ", each with a language model of its own" if own else " of one language model"
+    return f"mean ± standard deviation over {counts}{models}{also}"
 
 
 def scaling_table(
@@ -111,7 +114,7 @@ def scaling_table(
     measures = (*PAPER_MEASURES, "LS before")
     rows = [[*_place(p), *(shown(p, name) for name in measures), p["seeds"]] for p in points]
     table = markdown_table(["set", "m", "method", *measures, "seeds"], rows)
-    return f"{table}\n\nPer cent, {spread_note(points)}." if points else "There are no records."
+    return f"{table}\n\nPer cent, {spread_note(points, records)}." if points else "There are no records."
 
 
 def compare_tables(
@@ -128,7 +131,8 @@ def compare_tables(
         rows.append([*_place(p), *both, f"{p['seeds']} / {other['seeds'] if other else 0}"])
     known = {record["hash"] for record in committed}
     same = sum(record["hash"] in known for record in new)
-    note = f"Per cent, {spread_note(ours)}. {same} of {len(new)} cells have a committed record with the same settings."
+    found = f"{same} of {len(new)} cells have a committed record with the same settings."
+    note = f"Per cent, {spread_note(ours, new)}. {found}"
     table = markdown_table(["set", "m", "method", *measures, "seeds"], rows)
     return f"{table}\n\n{note}" if ours else "There are no records."
 
@@ -223,7 +227,7 @@ def draw_scaling(
     "Figs. 4 to 7: ES, GS and LS against m, a row of panels for each data set."
     points = scaling_points(records)
     sets = list(dict.fromkeys(point["data_set"] for point in points))
-    with panels(len(sets), 3, records, path, spread_note(points), sharey=True) as (figure, grid):
+    with panels(len(sets), 3, records, path, spread_note(points, records), sharey=True) as (figure, grid):
         for row, data_set in zip(grid, sets, strict=True):
             for ax, measure in zip(row, PAPER_MEASURES, strict=True):
                 _panel(ax, [point for point in points if point["data_set"] == data_set], measure)
@@ -301,7 +305,7 @@ def variants_table(
                          shown(p, "LS before"), time, p["seeds"]])
     header = ["set", "m", "variant", *PAPER_MEASURES, "LS before", "training", "seeds"]
     table = markdown_table(header, rows)
-    return f"{table}\n\nPer cent, {spread_note(points)}." if points else "There are no records."
+    return f"{table}\n\nPer cent, {spread_note(points, records)}." if points else "There are no records."
 
 
 def mean_of(

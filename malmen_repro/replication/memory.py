@@ -527,8 +527,10 @@ TIMES = 10  # what counts as the same: bytes a fact, concatenated over split; fi
 
 def memory_finding(
     records: Sequence[Mapping[str, Any]],  # of one tier
-) -> tuple[str, str]:  # our numbers, and "reproduced" or "below"
+) -> tuple[str, str]:  # our numbers and the verdict
     "What the records say to Fig. 9: the ratio of the two slopes, and which procedure meets the limit first."
+    from malmen_repro.replication.closeness import decided, worst
+
     curves, limit = memory_curves(records), records[0]["configuration"]["limit_bytes"] / GIB
     common = sorted(curves["concatenated"].keys() & curves["split"].keys())
     one, split = (line(curves[name], common)[0] for name in PROCEDURES)
@@ -536,4 +538,4 @@ def memory_finding(
     first = stopped is not None and max(curves["split"]) >= stopped
     where = f"passes {limit:g} GiB at m = {stopped:,}" if first else f"not seen to pass {limit:g} GiB first"
     text = f"{one / 1e3:,.0f} kB a fact against {split / 1e3:,.0f} kB, {one / split:.1f} times; concatenated {where}"
-    return text, "reproduced" if one >= TIMES * split and first else "below"
+    return text, worst(decided({0: one / split}, TIMES, relative=True), "reproduced" if first else "below")

@@ -177,10 +177,26 @@ def test_several_seeds_show_the_deviation():
 
 
 def test_spread_note():
-    assert "1 seed" in spread_note([{"seeds": 1}]) and "bootstrap" in spread_note([{"seeds": 1}])
-    assert spread_note([{"seeds": 3}, {"seeds": 3}]) == "mean ± standard deviation over 3 seeds"
-    assert "bootstrap" in spread_note([{"seeds": 3}, {"seeds": 1}])
-    assert spread_note([{"seeds": 3}, {"seeds": 2}]) == "mean ± standard deviation over 2, 3 seeds"
+    tiny, small = ([record(tier=tier)] for tier in ("tiny", "small"))
+    assert "1 seed" in spread_note([{"seeds": 1}], tiny) and "bootstrap" in spread_note([{"seeds": 1}], small)
+    three, own = "mean ± standard deviation over 3 seeds", ", each with a language model of its own"
+    assert spread_note([{"seeds": 3}, {"seeds": 3}], tiny) == f"{three}{own}"
+    assert spread_note([{"seeds": 3}], small) == f"{three} of one language model"
+    assert "bootstrap" in spread_note([{"seeds": 3}, {"seeds": 1}], tiny)
+    assert spread_note([{"seeds": 3}, {"seeds": 2}], tiny) == f"mean ± standard deviation over 2, 3 seeds{own}"
+    for tier in ("paper", "shapes"):
+        assert spread_note([{"seeds": 3}], [record(tier=tier)]).endswith(" of one language model")
+
+
+@pytest.mark.parametrize("tier", ["tiny", "small"])
+def test_how_many_language_models_the_seeds_of_a_tier_have(tier):
+    for name in EXPERIMENTS:
+        models = {}
+        for one in read_records(committed_records(), name, tier):
+            models.setdefault(one["configuration"]["cell"]["seed"], set()).add(one["fingerprints"]["language_model"])
+        if len(models) > 1:
+            assert all(len(found) == 1 for found in models.values())
+            assert len(set.union(*models.values())) == (len(models) if tier == "tiny" else 1)
 
 
 def test_markdown_table():
@@ -199,7 +215,7 @@ def test_scaling_table_in_the_order_of_m_and_methods():
         [f" {m} ".ljust(5), f" {method} ".ljust(18)] for m in (16, 256) for method in TOY_METHODS
     ]
     assert "50.0 ± 0.0" in rows[2] and "90.0 ± 0.0" in rows[2]
-    assert rows[-1] == "Per cent, mean ± standard deviation over 2 seeds."
+    assert rows[-1] == "Per cent, mean ± standard deviation over 2 seeds, each with a language model of its own."
     assert scaling_table([]) == NONE
 
 
@@ -233,7 +249,7 @@ def test_variants_table():
     assert ours == ["toys", "64", "MALMEN", *["50.0 ± 0.0"] * 3, "90.0 ± 0.0", "10 s", "2"]  # 10.5 to even
     assert mend[2] == "sum of shifts (MEND)" and mend[7] == "2 s"
     assert none[3:] == ["–"] * 4 + ["SingularGramError: 40 tokens < 96", "2"]
-    assert table.endswith("Per cent, mean ± standard deviation over 2 seeds.") and variants_table([]) == NONE
+    assert "deviation over 2 seeds, each with a language model of its own." in table and variants_table([]) == NONE
 
 
 def test_variants_table_says_the_reason_of_any_breakdown():

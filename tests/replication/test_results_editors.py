@@ -19,11 +19,12 @@ from malmen_repro.replication.editor_tables import (
     read_costs,
 )
 from malmen_repro.replication.figures import PAPER_MEASURES, case_points, mean_at
+from malmen_repro.replication.other_papers import average, case_curves, score_curves
 from malmen_repro.replication.plans import ALL_METHODS, EXPERIMENTS, SMALL_METHODS, TABLE_METHODS
 from malmen_repro.replication.records import committed_records, read_records
 from malmen_repro.replication.released_code import VARIANTS
 from malmen_repro.replication.stand_ins import PEOPLE, TinySubjectsConfig, world_parts
-from malmen_repro.replication.verdicts import STATEMENTS, average, case_curves, score_curves, verdict
+from malmen_repro.replication.verdicts import STATEMENTS, verdict
 
 QUIET = ("MEMIT", "CoachHooK")  # those that leave the rest of the model alone
 SIZES = (16, 30, 64, 256)

@@ -165,6 +165,9 @@ def test_residuals_at_the_small_tier():
     small, place = committed("cancellation", "small"), ("entity_questions", 4096)
     summed, joined = (residual(small, *place, *own) for own in (("MEND", "sum"), ("MALMEN", "normal equation")))
     assert (round(summed), round(joined, 2), round(summed / joined)) == (243, 0.97, 250)
+    place = "zsre", 1037
+    summed, joined = (residual(small, *place, *own) for own in (("MEND", "sum"), ("MALMEN", "normal equation")))
+    assert round(summed / joined) == 73
 
 
 # --- Fig. 9 (notebook 65)

@@ -27,6 +27,7 @@ from malmen_repro.replication.records import read_record
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("**/*.ipynb"))
 READERS = {"committed_records", "committed_figure", "read_records", "verdict", "verdict_table", "verdict_grid"}
+READERS |= {"verdict_counts", "changed_verdicts", "changed_table"}
 READERS |= {name for module in (costs, provenance) for name in module.__all__}  # they read records, or count for them
 EXPORTED = re.compile(r"^#\|\s*(export|default_exp)", re.MULTILINE)  # the module has it
 NOT_RUN = re.compile(r"^#\|\s*(slow|gpu|notest|eval:\s*false)", re.MULTILINE)
