@@ -406,7 +406,7 @@ def tune_learning_rate(
     "Set every layer's $\\eta$ to the candidate with the lowest meta loss on one block; the paper starts at 1e-6."
     config = replace(config or TrainingConfig(), **options)
     check_facts(facts)
-    return _tune(editor, Curriculum(editor.lm, facts, config).whole_block(), config, candidates)
+    return _tune(editor, Curriculum(editor.lm, hold_out(facts, config)[0], config).whole_block(), config, candidates)
 
 
 @torch.no_grad()
