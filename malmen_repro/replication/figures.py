@@ -236,14 +236,18 @@ def draw_scaling(
     return figure
 
 # %% ../../nbs/replication/46_figures.ipynb #1c02a2a8
-def legend_below(figure, axes: Iterable[Any]) -> None:
+def legend_below(
+    figure,
+    axes: Iterable[Any],  # panels
+    columns: int = 6,  # of the legend, at most
+) -> None:
     "One legend for panels with the same curves; a set may lack a method that another has."
     found = {}
     for ax in axes:
         found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     labels = sorted(found, key=lambda label: label == "before editing")  # it comes last
     handles = [found[label] for label in labels]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), columns), frameon=False)
 
 
 def logarithmic_axis(ax, ms: Sequence[int]) -> None:
@@ -636,7 +640,7 @@ def training_look(
     ends |= {"MALMEN, none of the four": ("grey", "-"), "MALMEN, paper at its rank": ("#56b4e9", "-")}
     if method in ends:
         colour, style = ends[method]
-        return {"color": colour, "linestyle": style, "linewidth": 2.5}
+        return {"color": colour, "linestyle": style, "linewidth": 2.5, "zorder": 3}
     factor = next(name for name in FACTORS if method.endswith(name))
     only = method.startswith("MALMEN, only")
     return {"color": FACTOR_COLOURS[factor], "linestyle": "--" if only else "-", "linewidth": 1.2}
@@ -647,14 +651,15 @@ def draw_trainings(
     path: str | Path | None = None,  # where to write, without suffix: a PNG and an SVG; None to write nothing
 ):  # a matplotlib figure
     "ES and GS on held-out facts and the mean of eta, against the number of steps."
-    note = spread_note(scaling_points(records)).replace("mean ± standard deviation", "mean")
+    seeds = len({record["configuration"]["cell"]["seed"] for record in records})
+    note = f"mean over {seeds} seeds" if seeds > 1 else "1 seed"
     with panels(1, len(WATCHED), records, path, note, xlabel="meta-steps") as (figure, grid):
         for ax, (measure, title) in zip(grid[0], WATCHED.items(), strict=True):
             for method, by_step in training_curves(records, measure).items():
                 ax.plot(list(by_step), list(by_step.values()), label=method, **training_look(method))
             ax.set_title(title)
             ax.set_yscale("log") if measure == "eta" else per_cent_axis(ax)
-        legend_below(figure, grid[0])
+        legend_below(figure, grid[0], columns=4)
     return figure
 
 
@@ -673,7 +678,8 @@ def training_table(
         rows.append([p["data_set"], p["num_facts"], p["method"], *scores, shown(p, "LS before"),
                      *(f"{value:.2g}" for value in learned), f"{seconds:.0f} s", p["seeds"]])
     header = ["set", "m", "training", *PAPER_MEASURES, "LS before", "η", "λ", "time", "seeds"]
-    return f"{markdown_table(header, rows)}\n\nPer cent, {spread_note(points)}." if points else "There are no records."
+    table = markdown_table(header, rows)
+    return f"{table}\n\nPer cent, {spread_note(points, records)}." if points else "There are no records."
 
 # %% ../../nbs/replication/46_figures.ipynb #aa2428bb
 SHOWN_AS: dict[str, tuple[Callable[..., str], Callable[..., Any] | None]] = {  # table, picture
