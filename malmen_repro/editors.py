@@ -110,7 +110,7 @@ class FactReader:
     def learning_rate(self, layer: str) -> Float[Tensor, ""]:
         "$\\eta_\\ell$"
         network, index = self.networks.of(layer)
-        return network.learning_rates[index]
+        return network.eta(index)
 
     def regularization(self, layer: str) -> Float[Tensor, ""]:
         "$\\lambda_\\ell$"

@@ -161,10 +161,13 @@ class HyperNetwork(nn.Module):
             self.log_learning_rate = nn.Parameter(start.log())
         self.log_regularization = nn.Parameter(torch.full((layers,), regularization).log())
 
-    @property
-    def learning_rates(self) -> Float[Tensor, " layers"]:
-        "$\\eta_\\ell$ of every layer."
-        return self.plain_learning_rate if hasattr(self, "plain_learning_rate") else self.log_learning_rate.exp()
+    def eta(
+        self,
+        layer: int,  # its index among the layers that share this network
+    ) -> Float[Tensor, ""]:
+        "$\\eta_\\ell$"
+        plain = hasattr(self, "plain_learning_rate")
+        return self.plain_learning_rate[layer] if plain else self.log_learning_rate[layer].exp()
 
     @torch.no_grad()
     def start_at(

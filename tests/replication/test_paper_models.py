@@ -128,8 +128,8 @@ def test_errors_are_the_packages():
     assert issubclass(PaperModelError, MalmenError) and issubclass(ModelNotFoundError, (MalmenError, OSError))
 
 
-def test_hyper_parameters_are_the_defaults():
-    configurations = {"EditorConfig": EditorConfig(), "TrainingConfig": TrainingConfig()}
+def test_hyper_parameters_are_those_of_the_papers_setting():
+    configurations = {"EditorConfig": EditorConfig.paper(), "TrainingConfig": TrainingConfig.paper()}
     for value, configuration, field in HYPER_PARAMETERS.values():
         assert getattr(configurations[configuration], field) == value
     assert [value for value, *_ in HYPER_PARAMETERS.values()] == [1920, 2, 1e-6, 1e-5, 1, 1]

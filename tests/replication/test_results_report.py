@@ -126,8 +126,8 @@ def test_memory_is_what_was_counted_and_time_is_not():
     assert time["GPT-J", 1024] == pytest.approx(1 / 3, abs=0.04) and 1.7 < time["T5-XL", 1024] < 2
 
 
-def test_the_papers_hours_are_three_to_six_times_the_counted_ones():
-    assert all(3 < PAPER_HOURS[method] / hours < 6 for method, hours in edit_hours().items())
+def test_the_papers_hours_are_more_than_the_counted_ones():
+    assert all(1 < PAPER_HOURS[method] / hours < 5 for method, hours in edit_hours().items())
     assert edit_hours(10_000)["MEMIT"] < 7.44
 
 
