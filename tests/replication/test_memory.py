@@ -376,7 +376,7 @@ def test_the_shapes_are_gpt2s():
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(**MEMORY_SETTINGS["shapes"].model))
     assert model.num_parameters() == 124_439_808
-    assert MEMORY_SETTINGS["shapes"].rank == EditorConfig().rank and MEMORY_SETTINGS["shapes"].edited == 6
+    assert MEMORY_SETTINGS["shapes"].rank == EditorConfig.paper().rank and MEMORY_SETTINGS["shapes"].edited == 6
 
 
 @pytest.mark.parametrize("method", ["MEND", "MALMEN"])

@@ -1,6 +1,7 @@
 "Variants of MALMEN: each differs from it in its one way, has right gradients, trains, and survives as files."
 
 import math
+import warnings
 from dataclasses import fields, replace
 
 import pytest
@@ -40,6 +41,7 @@ from malmen_repro.replication.released_code import (
 from malmen_repro.training import (
     Block,
     Curriculum,
+    LittleLearnedWarning,
     TrainingConfig,
     cache_tokens,
     meta_gradient,
@@ -365,7 +367,10 @@ def test_plain_rates_start_where_the_configuration_says_and_may_turn_negative():
 def test_the_first_step_is_ten_times_the_start(kind):
     rate = {PlainRate: 1e-5, PlainRateTenfold: PlainRateTenfold.scalar_learning_rate}[kind]
     editor = make(kind, disturb=0.0, learning_rate=1e-6)
-    editor.train(toy_facts(8), steps=1, num_facts=8, scalar_learning_rate=rate, progress=False)
+    config = TrainingConfig.paper(steps=1, num_facts=8, scalar_learning_rate=rate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LittleLearnedWarning)  # of a rate below zero
+        editor.train(toy_facts(8), config, progress=False)
     for layer in editor.lm.layers:
         assert abs(editor.learning_rate(layer).item() / 1e-6 - 1) == pytest.approx(10, rel=1e-2)
     assert {p.requires_grad for p in (network.log_learning_rate for network in editor.networks.values())} == {False}
@@ -482,6 +487,7 @@ def test_the_batch_size_matters_only_where_it_is_said_to(kind):
         assert not close
 
 
+@pytest.mark.filterwarnings("ignore:the editor's eta is below zero")
 @every_variant
 def test_every_variant_trains_and_survives_as_files(name, tmp_path):
     facts = toy_facts(24)
@@ -548,7 +554,7 @@ def test_the_table_is_in_step_with_the_classes_and_the_configurations():
 
 
 def test_changes_are_made_and_nothing_else():
-    base = EditorConfig(rank=7, seed=3), TrainingConfig(num_facts=9, seed=3, tuned_start=True, warmup=10)
+    base = EditorConfig(rank=7, seed=3), TrainingConfig.paper(num_facts=9, seed=3, tuned_start=True, warmup=10)
     assert varied("MALMEN (epsilon)", *base) == (Epsilon, *base)
     kind, editor, training = varied("MALMEN (plain eta)", *base)
     assert (kind, editor.learning_rate, editor.rank, editor.seed) == (PlainRate, 1e-6, 7, 3)
