@@ -634,6 +634,7 @@ class Watch:
         config: TrainingConfig,  # batch sizes, steps and `score_every` are read
     ):
         self.editor, self.facts, self.config, self.before = editor, facts, config, None
+        self.edits = Curriculum(editor.lm, facts, config).edits  # finds what the model cannot read, before training
 
     def look(
         self,
@@ -651,7 +652,7 @@ class Watch:
         size = self.config.lm_batch_size
         if self.before is None:
             self.before = predict(self.editor.lm, self.facts, size)[0]
-        cached = cache_tokens(self.editor, self.editor.lm.encode([fact.pair for fact in self.facts]), size)
+        cached = cache_tokens(self.editor, self.edits, size)
         parts = infer(self.editor, cached, self.config.network_batch_size)
         shift = WeightShift({layer: part.shift for layer, part in parts.items()})
         found = evaluate(self.editor.lm, self.facts, shift, size, self.before)

@@ -13,6 +13,7 @@ from malmen_repro.evaluation import evaluate
 from malmen_repro.facts import Fact
 from malmen_repro.hypernetwork import HyperNetwork, HyperNetworkError, LowRankBlock, RunningMoments, rank_of
 from malmen_repro.keys_and_gradients import KeysAndGradients
+from malmen_repro.language_models import LanguageModelError
 from malmen_repro.training import (
     LittleLearnedWarning,
     TrainingConfig,
@@ -250,6 +251,15 @@ def test_which_facts_are_kept_depends_on_the_seed_alone():
 def test_nothing_is_held_out_of_the_papers_training():
     facts = [Fact(f"{i} is", "so") for i in range(300)]
     assert hold_out(facts, TrainingConfig.paper()) == (facts, [])
+
+
+def test_a_held_out_fact_that_cannot_be_read_is_found_before_training(monkeypatch):
+    facts = toy_facts(40)
+    _, kept = hold_out(facts, TrainingConfig(num_facts=8, held_out=4))
+    facts[facts.index(kept[0])] = replace(kept[0], equivalent_prompts=("who " * 5000,))
+    monkeypatch.setattr(training, "_step", lambda *_: pytest.fail("training has begun"))
+    with pytest.raises(LanguageModelError):
+        MALMEN(toy_model(), EditorConfig(rank=3)).train(facts, steps=1, num_facts=8, held_out=4, progress=False)
 
 
 LOOKS = {"decay": False, "num_facts": 8, "held_out": 4, "score_every": 2, "steps": 5, "progress": False}

@@ -90,7 +90,11 @@ FACTORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of Edito
 }
 _WATCHED = {"steps": 240, "ramp_facts": None, "ramp_steps": 0, "held_out": 64, "score_every": 15}
 _WATCHED |= {"locality_coefficient": 1.0}
-_STEADY = {"meta_learning_rate": 1e-5, "scalar_learning_rate": 2e-2, "tuned_start": False, "warmup": 0, "decay": False}
+_RATES = ("meta_learning_rate", "scalar_learning_rate", "tuned_start", "warmup", "decay")
+_STEADY, TUNED_TRAINING = (
+    {name: getattr(config, name) for name in _RATES} for config in (TrainingConfig.paper(), TrainingConfig())
+)
+_STEADY["scalar_learning_rate"] = TUNED_TRAINING["scalar_learning_rate"]  # "one rate" takes it away
 
 
 def _with(*names: str, **changes: Any) -> Method:
@@ -101,7 +105,6 @@ def _with(*names: str, **changes: Any) -> Method:
     return Method(changes=editing, training=training)
 
 
-TUNED_TRAINING = {name: getattr(TrainingConfig(), name) for name in _STEADY}
 TRAININGS: dict[str, Method] = {
     "MALMEN, paper": _with(*FACTORS),
     "MALMEN, paper at its rank": _with(*FACTORS, rank=1920),
@@ -558,7 +561,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "paper": (
-        dict.fromkeys(("plain_learning_rate", "normal_start", "pooled_moments"), True) | {"rank": 1920},
+        asdict(EditorConfig.paper()),
         {"steps": {2**k: whole_epochs(2**k) for k in range(4, 15)}},
     ),
     "shapes": ({"rank": 1920}, {"steps": 3}),  # enough to time a step

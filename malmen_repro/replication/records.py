@@ -27,6 +27,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 import malmen_repro
+from ..editors import SWITCHES
 from ..errors import MalmenError, quoted
 from ..facts import facts_hash, sha256
 from ..files import FileError, parse_json, read_bytes, write_text
@@ -50,7 +51,7 @@ Record: TypeAlias = dict[str, Any]  # plain JSON
 
 # %% ../../nbs/replication/40_records.ipynb #4798851a
 LATER = {  # setting -> what every record without it had
-    **dict.fromkeys(("plain_learning_rate", "normal_start", "pooled_moments"), False),
+    **dict.fromkeys(SWITCHES, False),
     **{"held_out": 0, "score_every": 50},
     **{"answer_loss": "sum", "decay_on": "squared length", "kl_direction": "before || after", "kl_at": "end"},
     **{"key_weights": "equal", "rome_divisor": "mean key", "first_batch_lowers": True},

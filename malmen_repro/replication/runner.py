@@ -106,11 +106,12 @@ def condensed(
     groups = [history[i : i + every] for i in range(0, len(history), every)]
     found = []
     for group in groups:
-        names = [name for name in group[0] if name != "step" and all(name in step for step in group)]
-        means = {name: statistics.fmean(step[name] for step in group) for name in names if name not in SEEN_ON_THE_WAY}
-        looks = [{"looked at": step["step"] + 1} | {n: step[n] for n in SEEN_ON_THE_WAY if n in step} for step in group]
-        look = next((one for one in reversed(looks) if len(one) > 1), {})
-        found.append(plain({"step": group[0]["step"], **means, **look}, 6))
+        names = [name for name in group[0] if name not in ("step", *SEEN_ON_THE_WAY)]
+        row = {"step": group[0]["step"]} | {name: statistics.fmean(step[name] for step in group) for name in names}
+        for step in group:
+            if seen := {name: step[name] for name in SEEN_ON_THE_WAY if name in step}:
+                row |= {"looked at": step["step"] + 1, **seen}
+        found.append(plain(row, 6))
     return found
 
 # %% ../../nbs/replication/45_runner.ipynb #a7d1cac3
